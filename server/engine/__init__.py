@@ -1,0 +1,1 @@
+"""The one place, with server.model, that knows vLLM's import paths."""

@@ -1,0 +1,77 @@
+"""V1 adapter: hands each step's routing to the model as a keyword argument of its forward.
+
+vLLM documents `_model_forward` as the method to override for that. The workers build their runner by a module-level name,
+which is the only seam there is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from vllm.v1.worker import cpu_worker, gpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from server.engine.choice import MemoryChoice
+from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
+
+
+class RoutesSteps:
+    """Mixin for vLLM's V1 model runners."""
+
+    slots: dict[str, int] | None = None
+
+    def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        runner: Any = self
+        if self.slots is None:
+            decoders = runner.model_config.hf_config.memory_decoder["decoders"]
+            self.slots = {d["name"]: i for i, d in enumerate(decoders, 1)}
+        batch = runner.input_batch
+        ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
+        rows = [self._row(runner.requests[r], ends[i + 1] - ends[i]) for i, r in enumerate(batch.req_ids)]
+        total = len(input_ids) if input_ids is not None else len(kwargs["inputs_embeds"])
+        routing = StepRouting.of(rows, total, runner.device)
+        return super()._model_forward(input_ids, *args, routing=routing, **kwargs)  # type: ignore[misc]
+
+    def _row(self, request: Any, tokens: int) -> RowChoice:
+        choice = MemoryChoice.of(request.sampling_params)
+        if choice is None:
+            return RowChoice(NO_DOMAIN, 0.0, tokens)
+        assert self.slots is not None
+        return RowChoice(self.slots[choice.domain], choice.lam, tokens)
+
+
+class RoutedCPUModelRunner(RoutesSteps, CPUModelRunner):
+    """vLLM's V1 CPU runner, routed."""
+
+
+class RoutedGPUModelRunner(RoutesSteps, GPUModelRunner):
+    """vLLM's V1 CUDA runner, routed."""
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+class CPUMemoryWorker(cpu_worker.CPUWorker):
+    """`worker_cls` on CPUs."""
+
+    def init_device(self) -> None:
+        """Build the routed runner where vLLM would build its own."""
+        with _replaced(cpu_worker, "CPUModelRunner", RoutedCPUModelRunner):
+            super().init_device()
+
+
+class GPUMemoryWorker(gpu_worker.Worker):
+    """`worker_cls` on CUDA devices."""
+
+    def _make_model_runner(self) -> RoutedGPUModelRunner:
+        return RoutedGPUModelRunner(self.vllm_config, self.device)

@@ -1,0 +1,131 @@
+"""The model vLLM loads: an unchanged base, the memory towers beside it, and their mixture as logits.
+
+Started on the base's own folder with
+    hf_overrides={"architectures": ["MemoryDecoderForCausalLM"],
+                  "memory_decoder": {"base_architecture": ..., "decoders": [{"name": ..., "path": ..., "lambda": ...}, ...]}}
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from vllm.config import CompilationMode, VllmConfig
+from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+
+from server.model.mixing import mix
+from server.model.packing import pack, unpack
+from server.model.routed import CurrentStep, routed_view, share_attention
+from server.model.routing import StepRouting, group
+
+
+class MemoryDecoderForCausalLM(nn.Module):
+    """Base plus memory decoders as one vLLM model. See the module's docstring for how it is configured."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        spec: dict[str, Any] = config.memory_decoder
+        self.width = vllm_config.model_config.get_hidden_size()
+        self.paths = [Path(d["path"]) for d in spec["decoders"]]
+        self.base = init_vllm_registered_model(
+            vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec["base_architecture"]]
+        )
+        beside = self._tower_config(vllm_config)
+        memory_config = AutoConfig.from_pretrained(self.paths[0])
+        self.memory_width = memory_config.get_text_config().hidden_size
+        self.towers = nn.ModuleList(
+            # vLLM reads the layer number off the only integer between dots.
+            init_vllm_registered_model(beside, prefix=maybe_prefix(prefix, f"memory_{i}"), hf_config=memory_config)
+            for i in range(len(self.paths))
+        )
+        share_attention(list(self.towers), vllm_config.compilation_config.static_forward_context)
+        self.step = CurrentStep()
+        # Not a registered child: it owns no weights, and vLLM must not post-process them twice.
+        self.__dict__["view"] = None
+
+    @staticmethod
+    def _tower_config(vllm_config: VllmConfig) -> VllmConfig:
+        """The engine's config for the towers: run eagerly, not quantised.
+
+        vLLM compiles a model once and drops the guards, so what is routed by Python values must not be compiled. The copies are
+        shallow: the register of attention layers stays the engine's own.
+        """
+        beside = copy.copy(vllm_config)
+        beside.compilation_config = copy.copy(vllm_config.compilation_config)
+        beside.compilation_config.mode = CompilationMode.NONE
+        beside.compilation_config.custom_ops = ["all"]
+        beside.quant_config = None
+        return beside
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """The base's embeddings, [tokens, H]; the towers embed for themselves."""
+        embedded: Tensor = self.base.embed_input_ids(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        routing: StepRouting | None = None,
+    ) -> Tensor:
+        """Packed rows [tokens, H_base + H_memory + TAIL] (see server.model.packing).
+
+        `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0.
+        """
+        hidden = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if routing is None:
+            slots = torch.ones(len(hidden), dtype=torch.int64)
+            routing = StepRouting(slots.to(hidden.device), torch.zeros(len(hidden), device=hidden.device), group(slots, hidden.device))
+        return pack(hidden, self._memory(input_ids, positions, routing, hidden), routing.slots, routing.lams)
+
+    def _memory(self, input_ids: Tensor, positions: Tensor, routing: StepRouting, like: Tensor) -> Tensor:
+        """Hidden states of each token's own decoder, [tokens, H_memory]; zeros where no token of the step has one."""
+        if not routing.groups:
+            return like.new_zeros(len(like), self.memory_width)
+        if (only := routing.only) is not None:
+            hidden: Tensor = self.towers[only - 1](input_ids, positions)
+            return hidden
+        self.step.routing = routing
+        hidden = self.__dict__["view"](input_ids, positions)
+        return hidden
+
+    def compute_logits(self, rows: Tensor) -> Tensor | None:
+        """Mixed logits [n, V] float32 from packed rows [n, ...]; the base's own, untouched, where no row has a memory."""
+        hidden, memory, slots, lams = unpack(rows, self.width, len(self.towers))
+        logits: Tensor | None = self.base.compute_logits(hidden.contiguous())
+        groups = group(torch.where(lams > 0, slots, 0).cpu(), rows.device)
+        if logits is None or not groups:  # None: not the rank that gathers
+            return logits
+        mixed = logits.float()
+        for slot, index in groups:
+            memory_logits = self.towers[slot - 1].compute_logits(memory[index])
+            mixed[index] = mix(logits[index], memory_logits, lams[index])
+        return mixed
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the base from vLLM's iterator and every tower from its own folder; returns the names that were set."""
+        loaded = {f"base.{name}" for name in self.base.load_weights(finite(weights, "base")) or ()}
+        for i, (tower, path) in enumerate(zip(self.towers, self.paths, strict=True)):
+            files = [str(f) for f in sorted(path.glob("*.safetensors"))]
+            names = tower.load_weights(finite(safetensors_weights_iterator(files, use_tqdm_on_load=False), str(path)))
+            loaded |= {f"towers.{i}.{name}" for name in names or ()}
+        return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls this last: the towers' layers are final now, so the routed view can be laid over them."""
+        self.__dict__["view"] = routed_view(list(self.towers), self.step)
+
+
+def finite(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:
+    """Pass weights through; raise ValueError at the first that holds NaN or infinity."""
+    for name, tensor in weights:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: weight {name} holds NaN or infinity")
+        yield name, tensor

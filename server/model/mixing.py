@@ -1,0 +1,20 @@
+"""p = lambda * p_mem + (1 - lambda) * p_base, on logits (Memory Decoder, arXiv 2508.09874, eq. 7)."""
+
+import torch
+from torch import Tensor
+
+
+def mix(base_logits: Tensor, memory_logits: Tensor, lam: Tensor) -> Tensor:
+    """Logits whose softmax is the mixture, float32 [rows, V].
+
+    base_logits [rows, V]; memory_logits [rows, Vm], where V and Vm may differ by padding: only ids that both have are mixed, p_mem
+    being normalised over those. lam [rows] float32 in (0, 1]. The base's logsumexp is added back: softmax is unchanged by it, but
+    repetition and presence penalties see values of a logit's usual size.
+    """
+    base = base_logits.float()
+    norm = base.logsumexp(-1, keepdim=True)
+    shared = min(base.shape[-1], memory_logits.shape[-1])
+    memory = memory_logits[:, :shared].float().log_softmax(-1) + lam.log()[:, None]
+    mixed = base - norm + torch.log1p(-lam)[:, None]  # lambda 1 gives log 0 = -inf, which logaddexp takes
+    torch.logaddexp(mixed[:, :shared], memory, out=mixed[:, :shared])
+    return mixed + norm

@@ -1,0 +1,33 @@
+"""Slot and lambda carried beside each token's hidden states, so that they are at hand wherever vLLM computes logits.
+
+vLLM computes logits in several places (sampled tokens, prompt log-probabilities, chunks of prompts) from rows of what `forward`
+returned. So a row is [h_base | h_mem | tail], and the tail is six columns that hold one byte each, as an integer from 0 to
+255: four for the float32 lambda, two for the slot. bfloat16 holds integers exactly up to 256, so the round trip is exact in
+every dtype that vLLM serves.
+"""
+
+import torch
+from torch import Tensor
+
+TAIL = 6
+MAX_SLOT = (1 << 16) - 1
+
+
+def pack(base: Tensor, memory: Tensor, slots: Tensor, lams: Tensor) -> Tensor:
+    """Join [tokens, Hb], [tokens, Hm], slots [tokens] int64 and lams [tokens] float32 into [tokens, Hb + Hm + TAIL]."""
+    lam_bytes = lams.reshape(-1).contiguous().view(torch.uint8).view(-1, 4)
+    slot_bytes = torch.stack([slots & 255, slots >> 8], 1).to(torch.uint8)
+    tail = torch.cat([lam_bytes, slot_bytes], 1).to(base.dtype)
+    return torch.cat([base, memory.to(base.dtype), tail], 1)
+
+
+def unpack(rows: Tensor, base_width: int, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split rows [n, Hb + Hm + TAIL] into h_base, h_mem, slot [n] int64 and lambda [n] float32.
+
+    A slot above `slots` becomes 0 (no domain): vLLM's profiling passes random numbers through here.
+    """
+    base, memory, tail = rows.split([base_width, rows.shape[1] - base_width - TAIL, TAIL], 1)
+    whole = tail.float().round().clamp(0, 255).to(torch.uint8)
+    lam = whole[:, :4].reshape(-1).view(torch.float32)
+    slot = whole[:, 4].long() + (whole[:, 5].long() << 8)
+    return base, memory, torch.where(slot > slots, 0, slot), lam.nan_to_num(0.0).clamp(0.0, 1.0)

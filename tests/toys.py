@@ -1,0 +1,57 @@
+"""Random toy models that share one tokenizer: made in seconds, wrong in no layer (norms and biases are random too)."""
+
+import sysconfig
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from decoders.tokenizer import train_tokenizer
+
+VOCABULARY = 1024
+
+
+def make_toys(root: Path) -> Path:
+    """Write `base`, `qwen_a`, `qwen_b`, `gpt_a` and `gpt_b` under `root`."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]
+    tokenizer = train_tokenizer((f.read_text(errors="ignore") for f in files), VOCABULARY)
+    models: dict[str, PreTrainedModel] = {
+        "base": qwen(1, hidden=128, layers=3, heads=2, spread=0.1),
+        "qwen_a": qwen(11, hidden=64, layers=2, heads=2, spread=0.2),
+        "qwen_b": qwen(12, hidden=64, layers=2, heads=2, spread=0.2),
+        "gpt_a": gpt(21),
+        "gpt_b": gpt(22),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def qwen(seed: int, hidden: int, layers: int, heads: int, spread: float) -> PreTrainedModel:
+    """A Qwen2 with random everything."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1,
+        intermediate_size=3 * hidden, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        initializer_range=spread,
+    )  # fmt: skip
+    return roughen(Qwen2ForCausalLM(config))
+
+
+def gpt(seed: int) -> PreTrainedModel:
+    """A GPT-2 with random everything."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=1024, bos_token_id=0, eos_token_id=0, initializer_range=0.2
+    )
+    return roughen(GPT2LMHeadModel(config))
+
+
+def roughen(model: PreTrainedModel) -> PreTrainedModel:
+    """Give norms and biases, which start as ones and zeros, values that tell layers apart."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model

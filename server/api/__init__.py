@@ -1,0 +1,1 @@
+"""HTTP: vLLM's OpenAI layer in a FastAPI app of our own."""

@@ -1,0 +1,54 @@
+"""The FastAPI app: which routes, which errors, which middleware, in one place."""
+
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from server.api import catalogue, completions, greeting
+from server.api.middleware import ApiKey, BodyLimit
+from server.engine import openai_layer as vllm_api
+from server.errors import MemdecError
+from server.routing.domains import Domains
+
+
+async def build_app(engine: Any, args: Namespace, domains: Domains, started: float) -> FastAPI:
+    """Build the app around a running engine. `started` is the monotonic time at which the process began to."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with vllm_api.lifespan(app):
+            print(greeting.ready(args, domains, time.monotonic() - started), flush=True)
+            yield
+
+    app = FastAPI(title="memdec", description="Completions with domain memories", lifespan=lifespan)
+    app.state.domains, app.state.args = domains, args
+    app.include_router(completions.router)
+    app.include_router(catalogue.router)
+    vllm_api.register_instrumentator_api_routers(app)  # /health, /load, /version, /metrics
+    vllm_api.attach_tokenize(app)
+
+    vllm_api.init_exception_handler(app)
+    app.exception_handler(HTTPException)(vllm_api.http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form
+    app.exception_handler(MemdecError)(_error_response)
+
+    keys = [key for key in args.api_key or [] if key]
+    app.add_middleware(BodyLimit, limit=args.max_body_bytes)
+    vllm_api.init_entrypoints_middleware(Namespace(**{**vars(args), "api_key": None}), app, ("generate",))
+    if keys:
+        app.add_middleware(ApiKey, keys=keys)  # last added, first run
+
+    await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+    # Answers carry the model name that the client asked for, alias included.
+    app.state.openai_serving_models.model_name = lambda lora_request=None: completions.asked_model.get() or domains.base
+    return app
+
+
+async def _error_response(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, MemdecError)
+    return JSONResponse(error.to_body(), status_code=error.status)

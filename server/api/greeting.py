@@ -1,0 +1,21 @@
+"""The lines a person sees when the server is ready."""
+
+from argparse import Namespace
+
+from server.routing.domains import Domains
+
+
+def ready(args: Namespace, domains: Domains, seconds: float) -> str:
+    """Where the server listens, what it serves, and a curl to paste."""
+    scheme = "https" if args.ssl_certfile else "http"
+    host = args.host if args.host not in (None, "", "0.0.0.0", "::") else "127.0.0.1"
+    url = f"{scheme}://{host}:{args.port}"
+    names = ", ".join(f"{d.name} (lambda {d.lam:g})" for d in domains) or "none"
+    header = f" -H 'X-Domain: {domains.names[0]}'" if domains.names else ""
+    return (
+        f"\nmemdec is ready on {url} after {seconds:.0f} s\n"
+        f"  base:    {domains.base}\n"
+        f"  domains: {names}\n"
+        f"  try:     curl {url}/v1/completions -H 'Content-Type: application/json'{header} "
+        f"""-d '{{"model": "{domains.base}", "prompt": "The results show that", "max_tokens": 40, "temperature": 0}}'\n"""
+    )

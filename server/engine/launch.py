@@ -1,0 +1,155 @@
+"""`memdec serve`: command line -> checked models -> engine -> HTTP server -> exit code."""
+
+import asyncio
+import os
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from decoders.package import read_json
+from server.errors import StartupError
+from server.startup import Models, check_models
+
+SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
+Parser = TypeVar("Parser", bound=ArgumentParser)
+
+
+def serve(argv: list[str]) -> int:
+    """Run the server until it is told to stop; returns the exit code. Raises StartupError."""
+    set_environment(argv)
+    args = parse(argv)
+    models = check_models(args.model, args.decoder, (args.served_model_name or [None])[0])
+    configure(args, models)
+    import uvloop
+
+    return uvloop.run(_serve(args, models))
+
+
+def set_environment(argv: list[str]) -> None:
+    """Defaults that vLLM reads from the environment when it is imported; what the user has set stays."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if "--enforce-eager" in argv:
+        # One sampler helper has a torch.compile decorator of its own, and would build C++ at the first request with logprobs.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def parse(argv: list[str]) -> Namespace:
+    """Parse our options and all of vLLM's."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    # Ours are taken out first: vLLM's parser warns of every option that is given twice.
+    mine, rest = _options(ArgumentParser(prog="memdec serve", add_help=False, allow_abbrev=False)).parse_known_args(argv)
+    parser = FlexibleArgumentParser(prog="memdec serve", description="Serve MODEL with memory decoders. Every option of vLLM works too.")
+    args = make_arg_parser(_options(parser)).parse_args(rest)
+    if not getattr(args, "model_tag", None):
+        raise StartupError("MODEL is missing: memdec serve MODEL --decoder NAME=PATH")
+    args.model = args.model_tag
+    vars(args).update(vars(mine))
+    args.explicit = {word.split("=")[0].replace("_", "-") for word in rest if word.startswith("--")}
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _options(parser: Parser) -> Parser:
+    ours = parser.add_argument_group("memdec")
+    ours.add_argument("--decoder", action="append", default=[], metavar="NAME=PATH", help="a domain's decoder: a package or a plain checkpoint")
+    ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
+    return parser
+
+
+def configure(args: Namespace, models: Models) -> None:
+    """Fill in what follows from the models. Raises StartupError where the user's options contradict them."""
+    require_supported(models)
+    if models.positions is not None:
+        if args.max_model_len is None or args.max_model_len == -1:
+            args.max_model_len = models.positions
+        elif args.max_model_len > models.positions:
+            raise StartupError(
+                f"--max-model-len {args.max_model_len}: base and decoders have at most {models.positions} positions in common; "
+                "give that or less, or leave the decoder with the shorter limit out"
+            )
+    args.model = str(models.base)
+    args.served_model_name = [models.domains.base, *(models.domains.alias(d) for d in models.domains)]
+    args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
+    on_cpu = not torch.cuda.is_available()
+    args.worker_cls = f"server.engine.worker.{'CPU' if on_cpu else 'GPU'}MemoryWorker"
+    if on_cpu and args.distributed_executor_backend is None and args.tensor_parallel_size * args.pipeline_parallel_size == 1:
+        args.distributed_executor_backend = "uni"  # one process fewer: quicker to start, one hop fewer a step
+    if on_cpu and args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        args.kv_cache_memory_bytes = 1 << 30  # vLLM would take most of the machine's memory
+    if not on_cpu:
+        # Routing by domain is decided in Python each step, which a captured graph can't follow.
+        args.compilation_config.cudagraph_mode = "NONE"
+    if args.pipeline_parallel_size > 1:
+        raise StartupError("--pipeline-parallel-size: memory decoders run beside the whole base, wanted 1")
+    if args.speculative_config:
+        raise StartupError("--speculative-config: not supported with memory decoders yet; leave it out")
+    if "--shutdown-timeout" not in args.explicit:
+        args.shutdown_timeout = SHUTDOWN_TIMEOUT
+
+
+def require_supported(models: Models) -> None:
+    """Raise StartupError if vLLM doesn't know the base's or the decoders' architecture."""
+    from vllm import ModelRegistry
+
+    known = set(ModelRegistry.get_supported_archs())
+    wanted = {models.architecture: str(models.base)}
+    for domain in models.domains:
+        wanted[read_json(Path(domain.path) / "config.json")["architectures"][0]] = f"decoder {domain.name}"
+    for architecture, owner in wanted.items():
+        if architecture not in known:
+            raise StartupError(f"{owner}: vLLM has no architecture {architecture!r}")
+
+
+async def _serve(args: Namespace, models: Models) -> int:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+    from vllm.usage.usage_lib import UsageContext
+
+    from server.api.app import build_app
+    from server.engine.client import MemoryEngine
+
+    started = time.monotonic()
+    context = UsageContext.OPENAI_API_SERVER
+    try:
+        _, sock = setup_server(args, reuse_port=False)
+    except OSError as error:
+        raise StartupError(f"--host {args.host or '0.0.0.0'} --port {args.port}: {error.strerror}") from None
+    try:
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=context)
+        engine = MemoryEngine.from_vllm_config(config, usage_context=context, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats)
+    except (ValueError, RuntimeError) as error:
+        raise StartupError(f"the engine did not start: {str(error).strip().splitlines()[0]}") from error
+    try:
+        app = await build_app(engine, args, models.domains, started)
+        stopped = await serve_http(
+            app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log, timeout_keep_alive=5,
+            timeout_graceful_shutdown=5,  # or a client cut off in mid-answer can hold the exit up
+            ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile, ssl_ca_certs=args.ssl_ca_certs, ssl_cert_reqs=args.ssl_cert_reqs,
+        )  # fmt: skip
+        failed = engine.errored and not engine.draining
+    finally:
+        engine.shutdown(timeout=config.shutdown_timeout)
+        sock.close()
+    await stopped
+    if failed:
+        print("memdec: the engine died; see the log above", file=sys.stderr, flush=True)
+    return int(failed)
+
+
+def run_until_done(argv: list[str]) -> int:
+    """`serve`, with Ctrl-C during start-up as an ordinary end."""
+    try:
+        return serve(argv)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130

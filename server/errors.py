@@ -1,0 +1,73 @@
+"""Everything that can go wrong in front of a user, as one tree, and how each error looks over HTTP."""
+
+from typing import Any
+
+
+class MemdecError(Exception):
+    """Base class: an HTTP status, OpenAI's `type` and `param`, and a message that says what to do next."""
+
+    status = 500
+    type = "InternalServerError"
+    param: str | None = None
+
+    def to_body(self) -> dict[str, Any]:
+        """The error as OpenAI's JSON object."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.status}}
+
+
+class StartupError(MemdecError):
+    """The server can't start with these models or options."""
+
+
+class RequestError(MemdecError):
+    """A request that can't be served as it stands."""
+
+    status, type = 400, "BadRequestError"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param or self.param
+
+
+class UnknownDomain(RequestError):
+    """No decoder is loaded under that name."""
+
+    status, type, param = 404, "NotFoundError", "domain"
+
+
+class ConflictingChoice(RequestError):
+    """Header, body and model alias name different things."""
+
+
+class BadLambda(RequestError):
+    """Lambda isn't a number from 0 to 1."""
+
+    param = "lambda"
+
+
+class BadMode(RequestError):
+    """The memory mode doesn't exist or can't be used with this request."""
+
+    param = "memory"
+
+
+class NoDatastore(BadMode):
+    """A retrieval mode was asked for, but the domain has no datastore."""
+
+
+class Unauthorized(RequestError):
+    """The API key is missing or wrong."""
+
+    status, type = 401, "AuthenticationError"
+
+
+class BodyTooLarge(RequestError):
+    """The request's body is over the limit."""
+
+    status, type = 413, "RequestEntityTooLarge"
+
+
+class ShuttingDown(MemdecError):
+    """The server drains: requests under way finish, new ones are refused."""
+
+    status, type = 503, "ServiceUnavailableError"

@@ -1,0 +1,126 @@
+"""Header, body and model alias -> domain, mode and lambda; anything ambiguous is an error, nothing is guessed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, RequestError
+from server.routing.domains import Domain, Domains
+
+MODES = ("decoder", "knn", "rag", "none")
+FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one request gets."""
+
+    domain: Domain | None
+    mode: str
+    lam: float
+
+    @property
+    def active(self) -> bool:
+        """Whether a decoder takes part."""
+        return self.domain is not None and self.mode == "decoder"
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that say what was used."""
+        headers = {"X-Memory-Mode": self.mode}
+        if self.domain is not None:
+            headers |= {"X-Memory-Domain": self.domain.name, "X-Memory-Lambda": f"{self.lam if self.active else 0.0:g}"}
+        return headers
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value as a client gave it, and where: for messages."""
+
+    value: Any
+    source: str
+
+
+def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> Selection:
+    """Decide for one request.
+
+    `model` is its model field, `headers` maps lower-case names to all their values, `body` its JSON fields. Raises RequestError or
+    one of its subclasses.
+    """
+    given = {field: _collect(field, headers, body) for field in FIELDS}
+    if model is not None and model.startswith(f"{domains.base}:"):
+        given["domain"].append(Given(model.removeprefix(f"{domains.base}:"), "model"))
+    domain = _domain(domains, given["domain"])
+    mode = _mode(domain, given["memory"])
+    lam = _lambda(given["lambda"])
+    if domain is None:
+        if lam is not None:
+            raise RequestError(f"lambda was given without a domain. Add one of: {', '.join(domains.names)}.", "lambda")
+        return Selection(None, "none", 0.0)
+    return Selection(domain, mode, domain.lam if lam is None else lam)
+
+
+def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> list[Given]:
+    """Everything that sets a field. JSON null means not given, as everywhere in OpenAI's API."""
+    found = [Given(value, f"header X-{field.capitalize()}") for value in headers.get(f"x-{field}", ())]
+    if body.get(field) is not None:
+        found.append(Given(body[field], f"body field {field}"))
+    return found
+
+
+def _domain(domains: Domains, given: list[Given]) -> Domain | None:
+    for choice in given:
+        if not isinstance(choice.value, str):
+            raise RequestError(f"domain must be a string, not {type(choice.value).__name__}.", "domain")
+    _require_agreement("domain", given)
+    return domains.find(given[0].value) if given else None
+
+
+def _mode(domain: Domain | None, given: list[Given]) -> str:
+    _require_agreement("memory", given)
+    if not given:
+        return "decoder"
+    mode = given[0].value
+    if not isinstance(mode, str) or mode not in MODES:
+        raise BadMode(f"memory is {_shown(mode)}. It must be one of: {', '.join(MODES)}.")
+    if domain is None and mode != "none":
+        raise BadMode(f"memory {mode!r} needs a domain, and none was chosen.")
+    if domain is not None and mode in ("knn", "rag"):
+        raise NoDatastore(f"memory {mode!r}: no datastore is loaded for domain {domain.name!r}. Use decoder or none.")
+    return mode
+
+
+def _lambda(given: list[Given]) -> float | None:
+    values = [_number(choice) for choice in given]
+    if len(set(values)) > 1:
+        raise ConflictingChoice(_conflict("lambda", given), "lambda")
+    return values[0] if values else None
+
+
+def _number(choice: Given) -> float:
+    """A lambda from a JSON number, or from a header's text."""
+    value = choice.value
+    if isinstance(value, str) and choice.source.startswith("header"):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
+        raise BadLambda(f"lambda is {_shown(choice.value)} ({choice.source}). It must be a number from 0 to 1.")
+    return float(value)
+
+
+def _require_agreement(field: str, given: list[Given]) -> None:
+    if any(choice.value != given[0].value for choice in given):
+        raise ConflictingChoice(_conflict(field, given), field)
+
+
+def _conflict(field: str, given: list[Given]) -> str:
+    places = ", ".join(f"{_shown(choice.value)} ({choice.source})" for choice in given)
+    return f"This request names different values of {field}: {places}. Name one."
+
+
+def _shown(value: Any) -> str:
+    """A client's value, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,145 @@
+"""From command-line paths to checked models: whatever can be refused is refused here, before any process is started."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from decoders.errors import DecoderError
+from decoders.package import Package, check_weights, read_json, safetensors_header
+from decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash
+from server.errors import StartupError
+from server.routing.domains import Domain, Domains
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # safe in a header, a model alias and a metric label
+# config.json entries that may differ between decoders of one shape
+NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+NOT_FINITE = {"F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+
+
+@dataclass(frozen=True)
+class Models:
+    """Base and decoders, checked and ready for the engine."""
+
+    base: Path
+    architecture: str
+    domains: Domains
+    positions: int | None
+    """Longest context that all models have, in tokens; None if no config says."""
+
+    def overrides(self) -> dict[str, Any]:
+        """vLLM's `hf_overrides`: makes the base's folder load as our composite."""
+        decoders = [{"name": d.name, "path": d.path, "lambda": d.lam, "revision": d.revision} for d in self.domains]
+        return {
+            "architectures": ["MemoryDecoderForCausalLM"],
+            "memory_decoder": {"base_architecture": self.architecture, "decoders": decoders},
+        }
+
+
+def check_models(base: str, decoders: list[str], served_name: str | None = None) -> Models:
+    """Resolve MODEL and the `--decoder NAME=PATH` values. Raises StartupError with one line that names what is wrong."""
+    try:
+        return _check(base, [parse_decoder(d) for d in decoders], served_name)
+    except DecoderError as error:
+        raise StartupError(str(error)) from None
+
+
+def parse_decoder(text: str) -> tuple[str, str]:
+    """Split NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise StartupError(f"--decoder {text}: wanted NAME=PATH")
+    if not NAME.fullmatch(name):
+        raise StartupError(f"--decoder {text}: the name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+    return name, path
+
+
+def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) -> Models:
+    folder = resolve(base)
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise StartupError(f"{folder / 'config.json'}: architectures is {architectures!r}, wanted a list with one name")
+    check_weights(folder)
+    names = [name for name, _ in decoders]
+    if len(set(names)) < len(names):
+        raise StartupError(f"--decoder: the name {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    tokenizer = load_tokenizer(folder)
+    token_hash = token_map_hash(tokenizer)
+    opened, limits = [], [positions(folder)]
+    for name, path in decoders:
+        package = Package.open(resolve(path), folder)
+        require_finite(package.path)
+        # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
+        require_same_token_map(tokenizer, load_tokenizer(package.path), name)
+        opened.append((name, package))
+        limits.append(positions(package.path))
+    require_one_shape(opened)
+    domains = tuple(
+        Domain(name, str(p.path), p.lam, p.tuned, p.revision, p.size, token_hash, p.perplexity) for name, p in opened
+    )
+    known = [limit for limit in limits if limit is not None]
+    label = served_name or (folder.name if Path(base).exists() else base)
+    return Models(folder, architectures[0], Domains(label, domains), min(known, default=None))
+
+
+def resolve(model: str) -> Path:
+    """A local folder as it is; anything else is a hub id and is fetched into the hub's cache."""
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    if Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise StartupError(f"{model}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub raises many kinds here
+        raise StartupError(f"{model}: neither a folder nor a model that the hub gives ({first_line(error)})") from None
+
+
+def positions(folder: Path) -> int | None:
+    """Longest context of a model, from its config."""
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except Exception as error:  # transformers raises many kinds here
+        raise StartupError(f"{folder / 'config.json'}: {first_line(error)}") from None
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def require_one_shape(packages: list[tuple[str, Package]]) -> None:
+    """All decoders share one tower's KV cache, so they need one architecture and shape. Raises StartupError naming two that differ."""
+    if not packages:
+        return
+    first, reference = packages[0]
+    for name, package in packages[1:]:
+        for key in sorted(reference.config.keys() | package.config.keys()):
+            ours, theirs = reference.config.get(key), package.config.get(key)
+            if key not in NOT_SHAPE and ours != theirs:
+                raise StartupError(
+                    f"decoders {first} and {name} differ in {key}: {json.dumps(ours)} and {json.dumps(theirs)}; "
+                    "the decoders of one server need one architecture and shape"
+                )
+
+
+def require_finite(folder: Path) -> None:
+    """Raise StartupError if a weight is of a type that isn't floating point, or holds NaN or infinity."""
+    for file in sorted(folder.glob("*.safetensors")):
+        start, header = safetensors_header(file)
+        data = np.memmap(file, np.uint8, "r", offset=start)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in NOT_FINITE:
+                raise StartupError(f"{file}: weight {name} has type {entry['dtype']}, wanted one of {', '.join(NOT_FINITE)}")
+            kind, exponent = NOT_FINITE[entry["dtype"]]
+            begin, end = entry["data_offsets"]
+            bits = data[begin:end].view(kind)
+            if np.any((bits & kind(exponent)) == kind(exponent)):
+                raise StartupError(f"{file}: weight {name} holds NaN or infinity")
+
+

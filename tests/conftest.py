@@ -1,0 +1,103 @@
+"""Fixtures shared by all tests: toy models, and one real server on them for the whole session."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+from toys import make_toys
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `memdec serve`."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def text(self) -> str:
+        """Everything it has printed."""
+        return self.log.read_text(errors="replace")
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(log: Path, *arguments: str, wait: float = 240) -> Server:
+    """Start `memdec serve` with these arguments and wait until it says that it is ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    deadline = time.monotonic() + wait
+    while "memdec is ready" not in server.text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise RuntimeError(f"the server did not start:\n{server.text()[-4000:]}")
+        time.sleep(0.5)
+    return server
+
+
+def stop_server(server: Server, wait: float = 60) -> int:
+    """SIGTERM, then the exit code."""
+    server.process.terminate()
+    try:
+        return server.process.wait(wait)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        raise
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the toy models base, qwen_a, qwen_b, gpt_a, gpt_b."""
+    return make_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="session")
+def server(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on the toys with domains a and b; also used for its metrics, so requests of all tests add up."""
+    running = start_server(
+        tmp_path_factory.mktemp("server") / "log.txt", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--decoder", f"b={toys / 'qwen_b'}",
+        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20), "--max-body-bytes", "100000",
+        "--enable-prompt-tokens-details",
+    )  # fmt: skip
+    yield running
+    stop_server(running)
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    """A client of the session's server."""
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+def metric(page: str, name: str, **labels: str) -> float:
+    """Sum of a metric's samples whose labels include these."""
+    total = 0.0
+    for line in page.splitlines():
+        match = re.fullmatch(r"([\w:]+)(\{.*\})? (\S+)(?: \S+)?", line)
+        if match and match[1] == name and all(f'{k}="{v}"' in (match[2] or "") for k, v in labels.items()):
+            total += float(match[3])
+    return total

@@ -58,7 +58,13 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
     store = write_datastore(work / "datastore", tokens, base, teacher, options.entries, inputs)
     inputs = {"datastore": fingerprint(inputs), "neighbours": options.neighbours}
     targets = write_targets(work / "knn_targets", store, tokens, options.neighbours, inputs)
-    inputs = {"targets": fingerprint(inputs), "first": first.to_dict(), "second": second.to_dict(), "beta": options.beta, "shape": asdict(shape)}
+    inputs = {
+        "targets": fingerprint(inputs),
+        "first": first.to_dict(),
+        "second": second.to_dict(),
+        "beta": options.beta,
+        "shape": asdict(shape),
+    }
     decoder = write_decoder(work / "decoder", tokens, targets, base, shape, first, second, options.beta, inputs)
 
     figures = measure(load_model(base), load_model(decoder), corpus_ids(tokens, "valid"), corpus_ids(tokens, "test"))
@@ -68,6 +74,8 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
         "seconds": {d.name: read_manifest(d)["seconds"] for d in (tokens, store, targets, decoder)},
         "versions": made,
     }
-    write_package(out, decoder, base, domain, figures, provenance, {"decoder": fingerprint(inputs), "domain": domain, "base": fingerprint_model(base)})
+    write_package(
+        out, decoder, base, domain, figures, provenance, {"decoder": fingerprint(inputs), "domain": domain, "base": fingerprint_model(base)}
+    )
     print(table([{"domain": domain, **figures}]))
     return Package.open(out, base)

@@ -89,6 +89,7 @@ def build_index(keys: NDArray[np.float16]) -> faiss.Index:
     Product-quantised distances alone are known to spoil kNN-LM. Small stores are searched exhaustively.
     """
     count, width = keys.shape
+    index: faiss.Index
     if count < 50_000:
         index = faiss.IndexFlatL2(width)
     else:

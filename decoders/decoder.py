@@ -39,7 +39,15 @@ class KnnTargets:
 
 
 def write_decoder(
-    out: Path, tokens: Path, targets: Path, tokenizer: Path, shape: Shape, first: Schedule, second: Schedule, beta: float, manifest: Manifest
+    out: Path,
+    tokens: Path,
+    targets: Path,
+    tokenizer: Path,
+    shape: Shape,
+    first: Schedule,
+    second: Schedule,
+    beta: float,
+    manifest: Manifest,
 ) -> Path:
     """Train a decoder of `shape` from scratch: `first` on the labels alone, `second` on beta * kNN + (1 - beta) * labels."""
     with stage(out, manifest) as folder:

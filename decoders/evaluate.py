@@ -34,7 +34,8 @@ class Scores:
         """Log-probabilities under lam * p_mem + (1 - lam) * p_base (paper, eq. 7), [tokens]."""
         if lam in (0.0, 1.0):
             return self.memory if lam else self.base
-        return np.logaddexp(self.base + np.log1p(-lam), self.memory + np.log(lam))
+        mixed: Floats = np.logaddexp(self.base + np.log1p(-lam), self.memory + np.log(lam))
+        return mixed
 
     def best_lambda(self) -> float:
         """The lambda of LAMBDAS with the lowest perplexity."""
@@ -42,7 +43,7 @@ class Scores:
 
 
 def perplexity(logprobs: Floats) -> float:
-    """exp of the mean negative log-probability."""
+    """Exp of the mean negative log-probability."""
     return float(np.exp(-logprobs.mean()))
 
 
@@ -58,7 +59,7 @@ def score(base: PreTrainedModel, memory: PreTrainedModel, ids: Ids, what: str) -
 
 @torch.inference_mode()
 def label_logprobs(model: PreTrainedModel, ids: Ids, what: str) -> Floats:
-    """log p(token) for the second half of every window of `ids` [tokens], in order."""
+    """Log p(token) for the second half of every window of `ids` [tokens], in order."""
     keep_freed_memory()
     device = next(model.parameters()).device
     starts, parts, half = list(windows(len(ids))), [], WINDOW // 2

@@ -9,6 +9,7 @@ probabilities, most probable first, never a dense row over the vocabulary.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -54,12 +55,13 @@ def write_targets(out: Path, store: Path, tokens: Path, neighbours: int, manifes
 
 def search(index: faiss.Index, queries: Floats, neighbours: int) -> tuple[Floats, NDArray[np.int64]]:
     """Squared distances and entry ids, both [queries, neighbours], re-ranked exactly where the index is approximate."""
-    if not isinstance(index, faiss.IndexRefine):
-        return index.search(queries, neighbours)  # type: ignore[no-any-return]
-    inner = faiss.SearchParametersIVF(nprobe=PROBED)
-    return index.search(  # type: ignore[no-any-return]
-        queries, neighbours, params=faiss.IndexRefineSearchParameters(k_factor=REFINED, base_index_params=inner)
-    )
+    parameters: dict[str, Any] = {}
+    if isinstance(index, faiss.IndexRefine):
+        library: Any = faiss  # its stubs lack the parameters' keywords
+        inner = library.SearchParametersIVF(nprobe=PROBED)
+        parameters["params"] = library.IndexRefineSearchParameters(k_factor=REFINED, base_index_params=inner)
+    distances, found = index.search(queries, neighbours, **parameters)
+    return distances, found
 
 
 def search_own(store: Datastore, neighbours: int) -> Iterator[tuple[int, Floats, NDArray[np.int64]]]:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -53,7 +52,7 @@ def stage(out: Path, manifest: Manifest) -> Iterator[Path | None]:
         record = {"inputs": manifest, "seconds": round(time.monotonic() - started, 1)}
         (temporary / NAME).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
+        temporary.replace(out)
     except OSError as error:
         raise ManifestError(f"{error.filename or out}: {error.strerror or error}; nothing was kept of this stage") from error
     finally:

@@ -18,7 +18,16 @@ from decoders.tokenizer import load_tokenizer, token_map_hash
 NAME = "memory_decoder.json"
 FORMAT = 1
 DEFAULT_LAMBDA = 0.6  # the paper's v1, table 7: best or near it for most models
-MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,9 @@ def fingerprint_model(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_package(out: Path, decoder: Path, base: Path, domain: str, figures: dict[str, Any], provenance: dict[str, Any], manifest: Manifest) -> Path:
+def write_package(
+    out: Path, decoder: Path, base: Path, domain: str, figures: dict[str, Any], provenance: dict[str, Any], manifest: Manifest
+) -> Path:
     """Copy a trained decoder into a package for `domain`, with the figures measured beside `base`."""
     with stage(out, manifest) as folder:
         if folder is None:

@@ -61,7 +61,9 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qw
     return Qwen2ForCausalLM(config)
 
 
-def pretrain(corpus: Corpus, tokenizer_corpora: list[Corpus], work: Path, out: Path, shape: Shape, schedule: Schedule, vocabulary: int) -> Path:
+def pretrain(
+    corpus: Corpus, tokenizer_corpora: list[Corpus], work: Path, out: Path, shape: Shape, schedule: Schedule, vocabulary: int
+) -> Path:
     """Train a tokenizer on a balanced mix of corpora, then a base model on `corpus`; write a Hugging Face folder to `out`."""
     mix = [corpus, *tokenizer_corpora]
     inputs: Manifest = {"vocabulary": vocabulary, "corpora": [c.fingerprint() for c in mix]}

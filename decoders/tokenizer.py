@@ -24,7 +24,9 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int) -> PreTrainedToke
     """Train a byte-level BPE tokenizer with `vocabulary` ids in all, `<|endoftext|>` first."""
     bpe = Tokenizer(token_models.BPE())
     # Digits are split one by one: long numbers would otherwise eat a small vocabulary.
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = token_decoders.ByteLevel()
     special = [END_OF_TEXT, *CHAT_MARKS]
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -54,7 +56,9 @@ def require_same_token_map(base: PreTrainedTokenizerBase, decoder: PreTrainedTok
     ours, theirs = base.get_vocab(), decoder.get_vocab()
     if ours == theirs:
         return
-    differing = sorted({(ours.get(t, theirs.get(t)), t) for t in ours.keys() ^ theirs.keys()} | {(i, t) for t, i in ours.items() if theirs.get(t, i) != i})
+    differing = sorted(
+        {(ours.get(t, theirs.get(t)), t) for t in ours.keys() ^ theirs.keys()} | {(i, t) for t, i in ours.items() if theirs.get(t, i) != i}
+    )
     _, token = differing[0]
     raise TokenizerMismatch(
         f"decoder {name}: its tokenizer differs from the base's in {len(differing)} of {len(ours)} tokens; "

@@ -39,8 +39,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], what: s
     parts: list[NDArray[np.unsignedinteger]] = []
     with tqdm(desc=what, unit=" documents") as bar:
         for batch in _batched(documents):
-            for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-                parts.append(np.array([*ids, tokenizer.eos_token_id], width))
+            tokenized = tokenizer(batch, add_special_tokens=False)["input_ids"]
+            parts.extend(np.array([*ids, tokenizer.eos_token_id], width) for ids in tokenized)
             bar.update(len(batch))
     return np.concatenate(parts) if parts else np.zeros(0, width)
 

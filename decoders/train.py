@@ -68,13 +68,15 @@ class Schedule:
         return min(1.0, up, down)
 
 
-def plain_targets(starts: NDArray[np.int64], labels: Tensor) -> tuple[Tensor, Tensor]:
+def plain_targets(_starts: NDArray[np.int64], labels: Tensor) -> tuple[Tensor, Tensor]:
     """Targets of ordinary language modelling: all mass on the next token."""
     ids = labels.reshape(-1, 1)
     return ids, torch.ones(ids.shape)
 
 
-def train(model: PreTrainedModel, ids: Ids, schedule: Schedule, what: str, targets: Targets = plain_targets, log: Path | None = None) -> None:
+def train(
+    model: PreTrainedModel, ids: Ids, schedule: Schedule, what: str, targets: Targets = plain_targets, log: Path | None = None
+) -> None:
     """Train `model` in place on the flat token array `ids` [tokens]; ends in eval mode.
 
     Uses bf16 autocast, Muon for hidden matrices (torch.optim.Muon) and AdamW for the rest. `log` gets a JSON line every 20 steps.

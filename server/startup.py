@@ -32,7 +32,7 @@ class Models:
     """Longest context that all models have, in tokens; None if no config says."""
 
     def overrides(self) -> dict[str, Any]:
-        """vLLM's `hf_overrides`: makes the base's folder load as our composite."""
+        """VLLM's `hf_overrides`: makes the base's folder load as our composite."""
         decoders = [{"name": d.name, "path": d.path, "lambda": d.lam, "revision": d.revision} for d in self.domains]
         return {
             "architectures": ["MemoryDecoderForCausalLM"],
@@ -79,9 +79,7 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) 
         opened.append((name, package))
         limits.append(positions(package.path))
     require_one_shape(opened)
-    domains = tuple(
-        Domain(name, str(p.path), p.lam, p.tuned, p.revision, p.size, token_hash, p.perplexity) for name, p in opened
-    )
+    domains = tuple(Domain(name, str(p.path), p.lam, p.tuned, p.revision, p.size, token_hash, p.perplexity) for name, p in opened)
     known = [limit for limit in limits if limit is not None]
     label = served_name or (folder.name if Path(base).exists() else base)
     return Models(folder, architectures[0], Domains(label, domains), min(known, default=None))
@@ -141,5 +139,3 @@ def require_finite(folder: Path) -> None:
             bits = data[begin:end].view(kind)
             if np.any((bits & kind(exponent)) == kind(exponent)):
                 raise StartupError(f"{file}: weight {name} holds NaN or infinity")
-
-

@@ -26,7 +26,8 @@ def serve(argv: list[str]) -> int:
     configure(args, models)
     import uvloop
 
-    return uvloop.run(_serve(args, models))
+    code: int = uvloop.run(_serve(args, models))
+    return code
 
 
 def set_environment(argv: list[str]) -> None:
@@ -49,7 +50,7 @@ def parse(argv: list[str]) -> Namespace:
     # Ours are taken out first: vLLM's parser warns of every option that is given twice.
     mine, rest = _options(ArgumentParser(prog="memdec serve", add_help=False, allow_abbrev=False)).parse_known_args(argv)
     parser = FlexibleArgumentParser(prog="memdec serve", description="Serve MODEL with memory decoders. Every option of vLLM works too.")
-    args = make_arg_parser(_options(parser)).parse_args(rest)
+    args: Namespace = make_arg_parser(_options(parser)).parse_args(rest)
     if not getattr(args, "model_tag", None):
         raise StartupError("MODEL is missing: memdec serve MODEL --decoder NAME=PATH")
     args.model = args.model_tag
@@ -61,7 +62,9 @@ def parse(argv: list[str]) -> Namespace:
 
 def _options(parser: Parser) -> Parser:
     ours = parser.add_argument_group("memdec")
-    ours.add_argument("--decoder", action="append", default=[], metavar="NAME=PATH", help="a domain's decoder: a package or a plain checkpoint")
+    ours.add_argument(
+        "--decoder", action="append", default=[], metavar="NAME=PATH", help="a domain's decoder: a package or a plain checkpoint"
+    )
     ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
     return parser
 
@@ -123,10 +126,12 @@ async def _serve(args: Namespace, models: Models) -> int:
     try:
         _, sock = setup_server(args, reuse_port=False)
     except OSError as error:
-        raise StartupError(f"--host {args.host or '0.0.0.0'} --port {args.port}: {error.strerror}") from None
+        raise StartupError(f"--host {args.host or 'every address'} --port {args.port}: {error.strerror}") from None
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=context)
-        engine = MemoryEngine.from_vllm_config(config, usage_context=context, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats)
+        engine = MemoryEngine.from_vllm_config(
+            config, usage_context=context, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
+        )
     except (ValueError, RuntimeError) as error:
         raise StartupError(f"the engine did not start: {str(error).strip().splitlines()[0]}") from error
     try:

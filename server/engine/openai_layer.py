@@ -11,7 +11,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.entrypoints.serve.tokenize.api_router import attach_router as attach_tokenize
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 __all__ = [
     "ChatCompletionRequest",
@@ -26,4 +26,5 @@ __all__ = [
     "lifespan",
     "register_instrumentator_api_routers",
     "validate_json_request",
+    "with_cancellation",
 ]

@@ -21,11 +21,11 @@ from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
 class RoutesSteps:
     """Mixin for vLLM's V1 model runners."""
 
-    slots: dict[str, int] | None = None
+    slots: dict[str, int]
 
     def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         runner: Any = self
-        if self.slots is None:
+        if not hasattr(self, "slots"):
             decoders = runner.model_config.hf_config.memory_decoder["decoders"]
             self.slots = {d["name"]: i for i, d in enumerate(decoders, 1)}
         batch = runner.input_batch
@@ -39,7 +39,6 @@ class RoutesSteps:
         choice = MemoryChoice.of(request.sampling_params)
         if choice is None:
             return RowChoice(NO_DOMAIN, 0.0, tokens)
-        assert self.slots is not None
         return RowChoice(self.slots[choice.domain], choice.lam, tokens)
 
 

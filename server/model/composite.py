@@ -26,15 +26,15 @@ from server.model.routing import StepRouting, group
 class MemoryDecoderForCausalLM(nn.Module):
     """Base plus memory decoders as one vLLM model. See the module's docstring for how it is configured."""
 
+    base: Any  # any vLLM model
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         spec: dict[str, Any] = config.memory_decoder
         self.width = vllm_config.model_config.get_hidden_size()
         self.paths = [Path(d["path"]) for d in spec["decoders"]]
-        self.base = init_vllm_registered_model(
-            vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec["base_architecture"]]
-        )
+        self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec["base_architecture"]])
         beside = self._tower_config(vllm_config)
         memory_config = AutoConfig.from_pretrained(self.paths[0])
         self.memory_width = memory_config.get_text_config().hidden_size
@@ -93,8 +93,8 @@ class MemoryDecoderForCausalLM(nn.Module):
             hidden: Tensor = self.towers[only - 1](input_ids, positions)
             return hidden
         self.step.routing = routing
-        hidden = self.__dict__["view"](input_ids, positions)
-        return hidden
+        routed: Tensor = self.__dict__["view"](input_ids, positions)
+        return routed
 
     def compute_logits(self, rows: Tensor) -> Tensor | None:
         """Mixed logits [n, V] float32 from packed rows [n, ...]; the base's own, untouched, where no row has a memory."""
@@ -105,21 +105,27 @@ class MemoryDecoderForCausalLM(nn.Module):
             return logits
         mixed = logits.float()
         for slot, index in groups:
-            memory_logits = self.towers[slot - 1].compute_logits(memory[index])
+            tower: Any = self.towers[slot - 1]
+            memory_logits = tower.compute_logits(memory[index])
             mixed[index] = mix(logits[index], memory_logits, lams[index])
         return mixed
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the base from vLLM's iterator and every tower from its own folder; returns the names that were set."""
-        loaded = {f"base.{name}" for name in self.base.load_weights(finite(weights, "base")) or ()}
-        for i, (tower, path) in enumerate(zip(self.towers, self.paths, strict=True)):
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
+        """Load the base from vLLM's iterator and every tower from its own folder.
+
+        Returns the names that were set, which vLLM compares with all there are; None if some model doesn't say.
+        """
+        loaded = {"base": self.base.load_weights(finite(weights, "base"))}
+        towers: Iterable[Any] = self.towers
+        for i, (tower, path) in enumerate(zip(towers, self.paths, strict=True)):
             files = [str(f) for f in sorted(path.glob("*.safetensors"))]
-            names = tower.load_weights(finite(safetensors_weights_iterator(files, use_tqdm_on_load=False), str(path)))
-            loaded |= {f"towers.{i}.{name}" for name in names or ()}
-        return loaded
+            loaded[f"towers.{i}"] = tower.load_weights(finite(safetensors_weights_iterator(files, use_tqdm_on_load=False), str(path)))
+        if any(names is None for names in loaded.values()):
+            return None
+        return {f"{part}.{name}" for part, names in loaded.items() for name in names}
 
     def process_weights_after_loading(self) -> None:
-        """vLLM calls this last: the towers' layers are final now, so the routed view can be laid over them."""
+        """The last thing vLLM calls when loading: the towers' layers are final now, so the routed view can be laid over them."""
         self.__dict__["view"] = routed_view(list(self.towers), self.step)
 
 

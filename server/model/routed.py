@@ -9,7 +9,6 @@ view of the tower in which each layer with weights applies each decoder's weight
 import copy
 from typing import Any
 
-
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -34,7 +33,9 @@ class RoutedLayer(nn.Module):
         joined: list[Any] = []
         single = True
         for slot, rows in routing.groups:
-            part = self.__dict__["copies"][slot - 1](*[_rows(a, rows, total) for a in args], **{k: _rows(a, rows, total) for k, a in kwargs.items()})
+            part = self.__dict__["copies"][slot - 1](
+                *[_rows(a, rows, total) for a in args], **{k: _rows(a, rows, total) for k, a in kwargs.items()}
+            )
             single = not isinstance(part, tuple)
             outputs = (part,) if single else part
             if not joined:
@@ -63,7 +64,7 @@ def share_attention(towers: list[nn.Module], registered: dict[str, Any]) -> None
     for tower in towers[1:]:
         for name, layer in shared.items():
             parent, _, child = name.rpartition(".")
-            own = tower.get_submodule(name)
+            own: Any = tower.get_submodule(name)
             registered.pop(own.layer_name)
             setattr(tower.get_submodule(parent), child, layer)
 
@@ -75,11 +76,7 @@ def routed_view(towers: list[nn.Module], step: CurrentStep) -> nn.Module:
         return RoutedLayer(towers, step)
     view = copy.copy(first)
     view._modules = {
-        name: child
-        if child is None or isinstance(child, AttentionLayerBase)
-        else routed_view([t._modules[name] for t in towers], step)  # type: ignore[misc]
+        name: child if child is None or isinstance(child, AttentionLayerBase) else routed_view([t._modules[name] for t in towers], step)  # type: ignore[misc]
         for name, child in first._modules.items()
     }
     return view
-
-

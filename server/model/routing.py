@@ -39,8 +39,12 @@ class StepRouting:
 
     @property
     def only(self) -> int | None:
-        """The one slot that all tokens share, if they do."""
-        if len(self.groups) == 1 and len(self.groups[0][1]) == len(self.slots):
+        """The slot whose decoder may run on all tokens, if just one is in use.
+
+        Tokens of no domain then pass through it too, which harms nothing (their lambda is 0, their cache blocks are the base's own) and
+        is cheaper than picking rows in every layer, unless they are the most.
+        """
+        if len(self.groups) == 1 and 2 * len(self.groups[0][1]) >= len(self.slots):
             return self.groups[0][0]
         return None
 

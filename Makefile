@@ -1,0 +1,47 @@
+# `make serve` and `make test` are all a newcomer needs: both install what they need into .venv first.
+PYTHON ?= python3
+PORT ?= 8000
+HOST ?= 127.0.0.1
+VENV ?= .venv
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ZOO := decoders/zoo
+DOMAINS := $(notdir $(patsubst %/memory_decoder.json,%,$(wildcard $(ZOO)/*/memory_decoder.json)))
+BIN := $(VENV)/bin
+
+.PHONY: serve test check format install install-dev clean
+
+serve: install  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
+	$(BIN)/memdec serve $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) \
+	  --host $(HOST) --port $(PORT) --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456
+
+test: install-dev check  ## every check and test
+	$(BIN)/python -m pytest
+
+check: install-dev  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install-dev  ## rewrite files in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: requirements/cpu.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14) and "memdec needs Python 3.11, 3.12 or 3.13; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+	$(BIN)/pip install --quiet -r requirements/dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache

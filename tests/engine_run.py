@@ -1,0 +1,63 @@
+"""Run one batch through an offline vLLM engine in a process of its own: `python engine_run.py JOB.json RESULT.json`.
+
+A job is {"engine": LLM arguments, "requests": [{"prompt", "domain", "lambda", "sampling"}], "rounds": n}; the result holds, per
+round and request, prompt and output token ids, their log-probabilities, cached tokens, and the engine's preemption count.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+def main(job_path: str, result_path: str) -> None:
+    """Run a job."""
+    from vllm import LLM, SamplingParams
+
+    from server.engine.choice import MemoryChoice
+    from server.engine.client import cache_salt
+
+    job = json.loads(Path(job_path).read_text())
+    llm = LLM(**job["engine"])
+    decoders = job["engine"].get("hf_overrides", {}).get("memory_decoder", {}).get("decoders", [])
+    revisions = {d["name"]: d["revision"] for d in decoders}
+    prompts: list[Any] = []
+    params = []
+    for request in job["requests"]:
+        choice = MemoryChoice(request["domain"], request["lambda"]) if request.get("domain") else None
+        sampling = SamplingParams(**request["sampling"], extra_args=choice.to_extra_args() if choice else None)
+        prompt = {"prompt": request["prompt"]}
+        if (salt := cache_salt(MemoryChoice.of(sampling), revisions, None)) is not None:
+            prompt["cache_salt"] = salt
+        prompts.append(prompt)
+        params.append(sampling)
+    rounds = [[_record(o) for o in llm.generate(prompts, params, use_tqdm=False)] for _ in range(job["rounds"])]
+    preemptions = (
+        next((m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), 0)
+        if not job["engine"].get("disable_log_stats", True)
+        else 0
+    )
+    Path(result_path).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
+
+
+def _record(output: Any) -> dict[str, Any]:
+    choice = output.outputs[0]
+    ids = list(output.prompt_token_ids)
+    record = {
+        "prompt": ids,
+        "output": list(choice.token_ids),
+        "text": choice.text,
+        "cached": output.num_cached_tokens,
+        "logprobs": [step[token].logprob for step, token in zip(choice.logprobs, choice.token_ids, strict=True)],
+    }
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
+    return record
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,88 @@
+"""Packing, mixing and routing against slow, obvious references; no engine."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.model.mixing import mix
+from server.model.packing import MAX_SLOT, TAIL, pack, unpack
+from server.model.routing import RowChoice, StepRouting, group
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slot_and_lambda_survive_packing_exactly(dtype: torch.dtype) -> None:
+    """Every byte pattern that a lambda in [0, 1] can have, and slots past what bfloat16 counts to."""
+    lams = torch.cat([torch.tensor([0.0, 1.0, 0.1, 1e-38, 1 - 2**-24, 1 / 3]), torch.rand(1000)])
+    slots = torch.randint(0, MAX_SLOT + 1, (len(lams),))
+    base, memory = torch.randn(len(lams), 16).to(dtype), torch.randn(len(lams), 8).to(dtype)
+    rows = pack(base, memory, slots, lams)
+    assert rows.dtype == dtype
+    assert rows.shape == (len(lams), 16 + 8 + TAIL)
+    got_base, got_memory, got_slots, got_lams = unpack(rows, 16, MAX_SLOT)
+    assert torch.equal(got_base, base)
+    assert torch.equal(got_memory, memory)
+    assert torch.equal(got_slots, slots)
+    assert torch.equal(got_lams, lams)
+
+
+def test_one_row_unpacks() -> None:
+    """A single row's strides are not those of many."""
+    rows = pack(torch.ones(3, 4), torch.ones(3, 2), torch.tensor([1, 2, 3]), torch.tensor([0.1, 0.2, 0.3]))
+    assert unpack(rows[1:2], 4, 3)[3].item() == pytest.approx(0.2)
+
+
+def test_random_rows_unpack_to_usable_values() -> None:
+    """vLLM's profiling sends random numbers through compute_logits."""
+    _, _, slots, lams = unpack(torch.rand(64, 20), 8, 2)
+    assert ((slots >= 0) & (slots <= 2)).all()
+    assert ((lams >= 0) & (lams <= 1)).all()
+
+
+def slow_mixture(base: Tensor, memory: Tensor, lam: float) -> Tensor:
+    """Eq. 7 in float64."""
+    return lam * memory.double().softmax(-1) + (1 - lam) * base.double().softmax(-1)
+
+
+@pytest.mark.parametrize("lam", [1e-6, 0.3, 0.999, 1.0])
+def test_mixture_equals_the_equation(lam: float) -> None:
+    """Softmax of the mixed logits is the mixture, lambda 1 included."""
+    base, memory = torch.randn(5, 300) * 8, torch.randn(5, 300) * 8
+    mixed = mix(base, memory, torch.full((5,), lam))
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed.double().softmax(-1), slow_mixture(base, memory, lam), atol=1e-6, rtol=1e-4)
+
+
+def test_mixed_logits_keep_the_bases_normaliser() -> None:
+    """Penalties divide and subtract: they need values of a logit's usual size, not log-probabilities."""
+    base, memory = torch.randn(4, 100) + 30, torch.randn(4, 100)
+    mixed = mix(base, memory, torch.full((4,), 0.5))
+    torch.testing.assert_close(mixed.logsumexp(-1), base.logsumexp(-1))
+
+
+@pytest.mark.parametrize(("base_ids", "memory_ids"), [(100, 96), (96, 100)])
+def test_vocabularies_may_differ_by_padding(base_ids: int, memory_ids: int) -> None:
+    """Only shared ids are mixed; the memory is normalised over those, and the rest of the base's ids get no memory."""
+    base, memory = torch.randn(3, base_ids), torch.randn(3, memory_ids)
+    expected = 0.4 * base.double().softmax(-1)
+    expected[:, :96] += 0.6 * memory[:, :96].double().softmax(-1)
+    torch.testing.assert_close(mix(base, memory, torch.full((3,), 0.6)).double().softmax(-1), expected, atol=1e-6, rtol=1e-4)
+    assert not mix(base, memory, torch.ones(3)).isnan().any()
+
+
+def test_routing_spreads_requests_over_tokens() -> None:
+    """Requests of different lengths, one without a domain, and padding at the end."""
+    routing = StepRouting.of([RowChoice(2, 0.5, 3), RowChoice(0, 0.0, 2), RowChoice(1, 1.0, 1)], 8, CPU)
+    assert routing.slots.tolist() == [2, 2, 2, 0, 0, 1, 0, 0]
+    assert routing.lams.tolist() == [0.5, 0.5, 0.5, 0, 0, 1, 0, 0]
+    assert [(slot, rows.tolist()) for slot, rows in routing.groups] == [(1, [5]), (2, [0, 1, 2])]
+    assert routing.only is None
+
+
+def test_one_domain_runs_alone_unless_it_is_the_minority() -> None:
+    """Without picking rows in every layer, where that is cheaper."""
+    assert StepRouting.of([RowChoice(3, 0.5, 4), RowChoice(0, 0.0, 2)], 6, CPU).only == 3
+    assert StepRouting.of([RowChoice(3, 0.5, 1), RowChoice(0, 0.0, 2)], 3, CPU).only is None
+    assert StepRouting.of([RowChoice(0, 0.0, 2)], 2, CPU).only is None
+    assert group(torch.zeros(3, dtype=torch.int64), CPU) == ()

@@ -9,17 +9,15 @@ from decoders.corpus import Corpus
 from decoders.datastore import write_datastore
 from decoders.decoder import write_decoder
 from decoders.errors import OptionError
-from decoders.evaluate import corpus_ids, measure, table
+from decoders.evaluate import measure, table
 from decoders.knn_targets import write_targets
-from decoders.manifest import fingerprint, read_manifest
+from decoders.manifest import fingerprint, is_fresh, read_manifest
 from decoders.models import load_model
 from decoders.package import Package, check_weights, fingerprint_model, write_package
 from decoders.pretrain import DECODER, Shape
 from decoders.tokenizer import load_tokenizer, token_map_hash
-from decoders.tokens import write_tokens
+from decoders.tokens import load_tokens, write_tokens
 from decoders.train import Schedule
-
-STAGES = ("corpus", "tokens", "datastore", "knn_targets", "decoder", "package")
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,17 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
     }
     decoder = write_decoder(work / "decoder", tokens, targets, base, shape, first, second, options.beta, inputs)
 
-    figures = measure(load_model(base), load_model(decoder), corpus_ids(tokens, "valid"), corpus_ids(tokens, "test"))
+    inputs = {"decoder": fingerprint(inputs), "domain": domain, "base": fingerprint_model(base)}
+    if is_fresh(out, inputs):
+        print(f"{out.name}: fresh, kept", flush=True)
+        return Package.open(out, base)
+    figures = measure(load_model(base), load_model(decoder), load_tokens(tokens, "valid"), load_tokens(tokens, "test"))
     provenance = {
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint()},
         "options": asdict(options),
         "seconds": {d.name: read_manifest(d)["seconds"] for d in (tokens, store, targets, decoder)},
         "versions": made,
     }
-    write_package(
-        out, decoder, base, domain, figures, provenance, {"decoder": fingerprint(inputs), "domain": domain, "base": fingerprint_model(base)}
-    )
+    write_package(out, decoder, base, domain, figures, provenance, inputs)
     print(table([{"domain": domain, **figures}]))
     return Package.open(out, base)

@@ -6,7 +6,6 @@ WINDOW / 2 tokens and is scored once.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,9 +91,3 @@ def measure(base: PreTrainedModel, memory: PreTrainedModel, valid: Ids, test: Id
         "tokens": len(scores.base),
         "window": WINDOW,
     }
-
-
-def corpus_ids(folder: Path, split: str) -> Ids:
-    """Token ids of a split, from a stage-2 artifact."""
-    ids: Ids = np.load(folder / f"{split}.npy", mmap_mode="r")
-    return ids

@@ -1,0 +1,51 @@
+"""Artifacts appear whole or not at all, and are remade when their inputs change."""
+
+from pathlib import Path
+
+import pytest
+
+from decoders.errors import ManifestError
+from decoders.manifest import is_fresh, read_manifest, stage
+
+
+def make(out: Path, inputs: dict[str, object], text: str) -> bool:
+    """Make a one-file artifact; returns whether it was made now."""
+    with stage(out, inputs) as folder:
+        if folder is None:
+            return False
+        (folder / "data.txt").write_text(text)
+        return True
+
+
+def test_fresh_artifacts_are_kept_and_stale_ones_replaced(tmp_path: Path) -> None:
+    """By their inputs, not by time."""
+    out = tmp_path / "artifact"
+    assert make(out, {"seed": 1}, "old")
+    assert not make(out, {"seed": 1}, "never written")
+    assert make(out, {"seed": 2}, "new")
+    assert (out / "data.txt").read_text() == "new"
+    assert read_manifest(out)["inputs"] == {"seed": 2}
+
+
+def test_a_stage_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    """No half-written artifact, no leftovers."""
+    out = tmp_path / "artifact"
+    make(out, {"seed": 1}, "old")
+    with pytest.raises(TypeError), stage(out, {"seed": 2}) as folder:
+        (folder / "data.txt").write_text(b"not text")  # type: ignore
+    assert (out / "data.txt").read_text() == "old"
+    assert is_fresh(out, {"seed": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """An OSError while writing names the file and keeps nothing."""
+    with pytest.raises(ManifestError, match="No space left"), stage(tmp_path / "artifact", {}):
+        raise OSError(28, "No space left on device", "data.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_what_is_no_artifact(tmp_path: Path) -> None:
+    """The path is named."""
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        read_manifest(tmp_path)

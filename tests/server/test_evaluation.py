@@ -1,0 +1,41 @@
+"""A text's perplexity through the server, in the request shape of lm_eval's `local-completions`, equals the offline one."""
+
+import math
+import sysconfig
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from decoders.evaluate import WINDOW, perplexity, score, windows
+from decoders.models import load_model
+
+
+def through_the_server(http: httpx.Client, ids: list[int], model: str) -> list[float]:
+    """Log-probabilities of the second half of every window, one request a window."""
+    scored: list[float] = []
+    for start in windows(len(ids)):
+        window = ids[start : start + WINDOW]
+        context = WINDOW // 2  # lm_eval scores what follows the context
+        body = {"model": model, "prompt": [window[:-1]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+        answer = http.post("/v1/completions", json=body).json()
+        logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
+        scored += logprobs[context:-1]
+    return scored
+
+
+@pytest.mark.parametrize(("model", "lam"), [("base", 0.0), ("base:a", 0.6)])
+def test_perplexity_equals_the_offline_one(model: str, lam: float, http: httpx.Client, toys: Path) -> None:
+    """To 0.1 %, for the base and for a mixture chosen by alias."""
+    tokenizer = AutoTokenizer.from_pretrained(toys / "base")
+    ids = tokenizer((Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text()[:9000])["input_ids"]
+    served = through_the_server(http, ids, model)
+    array = np.array(ids, np.uint16)
+    scores = score(load_model(toys / "base"), load_model(toys / "qwen_a"), array, "offline")
+    # Offline each window also scores the token after it, which the server's prompt limit leaves no room for.
+    kept = np.arange(len(scores.base)) % (WINDOW // 2) < WINDOW // 2 - 2
+    offline = perplexity(scores.mixture(lam)[kept])
+    assert len(served) == kept.sum()
+    assert math.exp(-np.mean(served)) == pytest.approx(offline, rel=1e-3)

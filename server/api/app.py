@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api import catalogue, completions, greeting
-from server.api.middleware import ApiKey, BodyLimit
+from server.api.middleware import AnswerCount, ApiKey, BodyLimit
 from server.engine import openai_layer as vllm_api
 from server.errors import MemdecError
 from server.routing.domains import Domains
@@ -41,14 +41,16 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
     app.add_middleware(BodyLimit, limit=args.max_body_bytes)
     vllm_api.init_entrypoints_middleware(Namespace(**{**vars(args), "api_key": None}), app, ("generate",))
     if keys:
-        app.add_middleware(ApiKey, keys=keys)  # last added, first run
+        app.add_middleware(ApiKey, keys=keys)
+    app.add_middleware(AnswerCount)  # last added, first run
 
     await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
     # Answers carry the model name that the client asked for, alias included.
-    app.state.openai_serving_models.model_name = lambda lora_request=None: completions.asked_model.get() or domains.base
+    app.state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
     return app
 
 
-async def _error_response(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, MemdecError)
+async def _error_response(_: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, MemdecError):  # what Starlette's signature allows, but never calls us with
+        raise error
     return JSONResponse(error.to_body(), status_code=error.status)

@@ -1,12 +1,13 @@
 """/v1/completions and /v1/chat/completions: choose the domain, then let vLLM answer."""
 
+import json
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server import metrics
 from server.engine.choice import DOMAIN, LAMBDA, MemoryChoice
 from server.engine.openai_layer import (
     ChatCompletionRequest,
@@ -14,12 +15,14 @@ from server.engine.openai_layer import (
     create_chat_completion,
     create_completion,
     validate_json_request,
+    with_cancellation,
 )
-from server.errors import MemdecError, RequestError
+from server.errors import RequestError
 from server.routing.selection import Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
+CLIENT_LEFT = 499  # nobody sees it but the metrics
 
 
 @router.post("/v1/completions")
@@ -35,25 +38,46 @@ async def chat_completions(request: ChatCompletionRequest, raw_request: Request)
 
 
 async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
-    """Everything is validated before vLLM's handler runs: later an error would be HTTP 200 and an event in the stream."""
-    mode, domain, status = metrics.NONE, metrics.NONE, 500
+    """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
+    await _require_unicode(raw_request)
+    selection = _select(request, raw_request)
+    raw_request.state.selection = selection  # for the metrics
+    _apply(selection, request)
+    asked_model.set(request.model)
+    response: Response | None = await handler(request, raw_request)
+    if isinstance(response, StreamingResponse):
+        response = await with_cancellation(_begin)(response, raw_request)
+    if response is None:
+        return Response(status_code=CLIENT_LEFT)
+    response.headers.update(selection.headers())
+    return response
+
+
+async def _require_unicode(raw_request: Request) -> None:
+    """JSON can spell half of a surrogate pair, which UTF-8 can't: on its way to the engine it would end as a 500."""
+    if b"\\ud" not in (await raw_request.body()).lower():
+        return
     try:
-        selection = _select(request, raw_request)
-        mode, domain = selection.mode, selection.domain.name if selection.domain is not None else metrics.NONE
-        _apply(selection, request)
-        asked_model.set(request.model)
-        response: Response = await handler(request, raw_request)
-        if response is None:  # the client went away
-            status = 499
-            return Response(status_code=status)
-        response.headers.update(selection.headers())
-        status = response.status_code
-        return response
-    except MemdecError as error:
-        status = error.status
-        raise
-    finally:
-        metrics.REQUESTS.labels(mode, domain, str(status)).inc()
+        json.dumps(await raw_request.json(), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("The body has half of a surrogate pair (\\ud800 to \\udfff alone), which is not text.") from None
+
+
+async def _begin(response: StreamingResponse, _: Request) -> Response:
+    """Wait for a stream's first event. The engine's own checks come only now: an error in its place is an HTTP error after all."""
+    events = aiter(response.body_iterator)
+    first = await anext(events, "")
+    if isinstance(first, str) and first.startswith('data: {"error"'):
+        error = json.loads(first.removeprefix("data: "))
+        return JSONResponse(error, status_code=error["error"]["code"])
+
+    async def all_events() -> AsyncIterator[Any]:
+        yield first
+        async for event in events:
+            yield event
+
+    response.body_iterator = all_events()
+    return response
 
 
 def _select(request: Any, raw_request: Request) -> Selection:

@@ -1,4 +1,4 @@
-"""Pure ASGI layers around the app: API keys and the limit on request bodies, both answering in OpenAI's form."""
+"""Pure ASGI layers around the app: API keys, the limit on request bodies, the count of answers. What they refuse has OpenAI's form."""
 
 import hmac
 from collections.abc import Sequence
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import metrics
 from server.errors import BodyTooLarge, MemdecError, Unauthorized
 
 OPEN = ("/health",)  # paths that need no key: probes have none
+COUNTED = ("/v1/completions", "/v1/chat/completions")
 
 
 class ApiKey:
@@ -20,7 +22,8 @@ class ApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request; preflight requests of browsers carry no key by design."""
         if scope["type"] != "http" or scope["path"] in OPEN or scope["method"] == "OPTIONS" or self._known(scope):
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         await _respond(Unauthorized("The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'."), scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:
@@ -40,7 +43,8 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, or cut it off."""
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         seen, started = 0, False
         length = dict(scope["headers"]).get(b"content-length", b"0")
 
@@ -64,7 +68,36 @@ class BodyLimit:
         except _Overflow:
             if started:
                 raise
-            await _respond(BodyTooLarge(f"The request's body is over {self.limit:,} bytes, the limit of this server."), scope, receive, send)
+            await _respond(
+                BodyTooLarge(f"The request's body is over {self.limit:,} bytes, the limit of this server."), scope, receive, send
+            )
+
+
+class AnswerCount:
+    """Counts answers by status, and by the mode and domain that the route has left in the request's state."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count one request when its answer is complete; the outermost layer, so that refusals of the others count too."""
+        if scope["type"] != "http" or scope["path"] not in COUNTED:
+            await self.app(scope, receive, send)
+            return
+        status = 500  # of errors that no handler takes: their answer is made outside of this layer
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        state = scope.setdefault("state", {})
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            selection = state.get("selection")
+            domain = selection.domain.name if selection is not None and selection.domain is not None else metrics.NONE
+            metrics.REQUESTS.labels(selection.mode if selection is not None else metrics.NONE, domain, str(status)).inc()
 
 
 class _Overflow(BaseException):

@@ -1,6 +1,6 @@
 """Header, body and model alias -> domain, mode and lambda; anything ambiguous is an error, nothing is guessed."""
 
-import math
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,11 +101,9 @@ def _number(choice: Given) -> float:
     """A lambda from a JSON number, or from a header's text."""
     value = choice.value
     if isinstance(value, str) and choice.source.startswith("header"):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # also false for NaN
         raise BadLambda(f"lambda is {_shown(choice.value)} ({choice.source}). It must be a number from 0 to 1.")
     return float(value)
 

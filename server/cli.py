@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", required=True, type=Path, help="folder the package is written to")
     build.add_argument("--work", type=Path, help="folder of the stages' artifacts (default: OUT.work)")
     for f in fields(BuildOptions):
-        build.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=f"{f.metadata['help']} (default: {f.default})")
+        build.add_argument(
+            f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=f"{f.metadata['help']} (default: {f.default})"
+        )
     pretrain = commands.add_parser("pretrain", help="train a small base model and its tokenizer from text")
     pretrain.add_argument("--corpus", required=True, help="a folder of UTF-8 text, or 'stdlib'")
     pretrain.add_argument("--tokenizer-corpus", action="append", default=[], help="further text for the tokenizer; repeatable")

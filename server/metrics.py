@@ -13,7 +13,12 @@ LABELS = ("mode", "domain")
 NONE = "none"
 
 TIME_TO_FIRST_TOKEN = Histogram("memdec_time_to_first_token_seconds", "Arrival to first token.", LABELS, buckets=BUCKETS)
-INTER_TOKEN_LATENCY = Histogram("memdec_inter_token_latency_seconds", "Time between a request's consecutive engine outputs.", LABELS, buckets=BUCKETS)
+INTER_TOKEN_LATENCY = Histogram(
+    "memdec_inter_token_latency_seconds", "Time between a request's consecutive engine outputs.", LABELS, buckets=BUCKETS
+)
+TIME_PER_OUTPUT_TOKEN = Histogram(
+    "memdec_time_per_output_token_seconds", "A request's mean time per token after the first.", LABELS, buckets=BUCKETS
+)
 GENERATED_TOKENS = Counter("memdec_generated_tokens", "Tokens generated.", LABELS)
 REQUESTS = Counter("memdec_requests", "Requests answered, by HTTP status.", (*LABELS, "status"))
 
@@ -25,10 +30,19 @@ class Timings:
         labels = {None: (NONE, NONE)} | {name: ("decoder", name) for name in domains}
         self.first = {name: TIME_TO_FIRST_TOKEN.labels(*pair) for name, pair in labels.items()}
         self.next = {name: INTER_TOKEN_LATENCY.labels(*pair) for name, pair in labels.items()}
+        self.mean = {name: TIME_PER_OUTPUT_TOKEN.labels(*pair) for name, pair in labels.items()}
         self.count = {name: GENERATED_TOKENS.labels(*pair) for name, pair in labels.items()}
 
     def tokens(self, choice: Any, count: int, seconds: float, first: bool) -> None:
         """Count `count` new tokens that came `seconds` after the arrival (first) or after the previous ones."""
-        name = choice.domain if choice is not None else None
+        name = _name(choice)
         (self.first if first else self.next)[name].observe(seconds)
         self.count[name].inc(count)
+
+    def finished(self, choice: Any, seconds: float) -> None:
+        """A request of at least two tokens ended; `seconds` is its mean time per token after the first."""
+        self.mean[_name(choice)].observe(seconds)
+
+
+def _name(choice: Any) -> str | None:
+    return choice.domain if choice is not None else None

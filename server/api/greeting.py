@@ -8,7 +8,8 @@ from server.routing.domains import Domains
 def ready(args: Namespace, domains: Domains, seconds: float) -> str:
     """Where the server listens, what it serves, and a curl to paste."""
     scheme = "https" if args.ssl_certfile else "http"
-    host = args.host if args.host not in (None, "", "0.0.0.0", "::") else "127.0.0.1"
+    everywhere = (None, "", "0.0.0.0", "::")  # noqa: S104
+    host = args.host if args.host not in everywhere else "127.0.0.1"
     url = f"{scheme}://{host}:{args.port}"
     names = ", ".join(f"{d.name} (lambda {d.lam:g})" for d in domains) or "none"
     header = f" -H 'X-Domain: {domains.names[0]}'" if domains.names else ""

@@ -31,6 +31,11 @@ class TimedOutputProcessor(OutputProcessor):
         seconds = req_state.stats.first_token_latency if first else engine_core_timestamp - before
         self.timings.tokens(req_state.memory_choice, len(engine_core_output.new_token_ids), seconds, first)
 
+    def _update_stats_from_finished(self, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
+        super()._update_stats_from_finished(req_state, finish_reason, iteration_stats)
+        if iteration_stats is not None and req_state.stats.num_generation_tokens > 1:
+            self.timings.finished(req_state.memory_choice, iteration_stats.finished_requests[-1].mean_time_per_output_token)
+
 
 class MemoryEngine(AsyncLLM):
     """The engine client of one server process."""

@@ -35,9 +35,16 @@ def set_environment(argv: list[str]) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if small_cpu() and not any(word.startswith(("--tensor", "--pipeline", "--data-parallel", "-tp", "-pp", "-dp")) for word in argv):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # asks for the worker inside the engine's process
     if "--enforce-eager" in argv:
         # One sampler helper has a torch.compile decorator of its own, and would build C++ at the first request with logprobs.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def small_cpu() -> bool:
+    """Whether this is a machine of few cores, where binding a worker process to cores of its own costs more than it brings."""
+    return not torch.cuda.is_available() and (os.cpu_count() or 1) <= 4
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -85,8 +92,8 @@ def configure(args: Namespace, models: Models) -> None:
     args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
     on_cpu = not torch.cuda.is_available()
     args.worker_cls = f"server.engine.worker.{'CPU' if on_cpu else 'GPU'}MemoryWorker"
-    if on_cpu and args.distributed_executor_backend is None and args.tensor_parallel_size * args.pipeline_parallel_size == 1:
-        args.distributed_executor_backend = "uni"  # one process fewer: quicker to start, one hop fewer a step
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and args.distributed_executor_backend is None:
+        args.distributed_executor_backend = "uni"
     if on_cpu and args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         args.kv_cache_memory_bytes = 1 << 30  # vLLM would take most of the machine's memory
     if not on_cpu:

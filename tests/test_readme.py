@@ -1,0 +1,102 @@
+"""The README's words, carried out: `make serve`, its curl, its Python, its tables, its tree."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT, free_port
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`make serve` on a free port, ready."""
+    port, log = free_port(), tmp_path_factory.mktemp("quickstart") / "log.txt"
+    with log.open("wb") as stream:
+        command = ["make", "serve", f"PORT={port}", f"VENV={sys.prefix}"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while "memdec is ready" not in log.read_text(errors="replace"):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+        time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}"
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(60)
+
+
+def block(language: str, containing: str) -> str:
+    """The one code block of a language that contains a text."""
+    (found,) = [text for kind, text in BLOCKS if kind == language and containing in text]
+    return str(found)
+
+
+def test_the_first_command_comes_early() -> None:
+    """Before line 25."""
+    assert next(i for i, line in enumerate(README.splitlines(), 1) if line.startswith("make serve")) < 25
+
+
+def test_the_readmes_curl_answers_and_the_header_changes_the_text(quickstart: str) -> None:
+    """As printed, on this port; then without the header."""
+    command = shlex.split(block("sh", "curl ").replace("http://127.0.0.1:8000", quickstart).replace("\\\n", " "))
+    done = subprocess.run([*command, "-s", "-S", "--fail-with-body"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with_memory = json.loads(done.stdout)["choices"][0]["text"]
+    at = command.index("X-Domain: biomed")
+    plain = command[: at - 1] + command[at + 1 :]
+    base = subprocess.run([*plain, "-s", "-S", "--fail-with-body"], capture_output=True, text=True, timeout=120)
+    assert json.loads(base.stdout)["choices"][0]["text"] != with_memory
+
+
+def test_the_readmes_python_runs(quickstart: str) -> None:
+    """With the real SDK."""
+    code = block("python", "OpenAI").replace("http://127.0.0.1:8000", quickstart)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_greetings_curl_runs(quickstart: str) -> None:
+    """All four domains are served, and what is pasted works."""
+    names = {d["name"] for d in httpx.get(f"{quickstart}/v1/domains").json()["data"]}
+    assert names == {"biomed", "finance", "law", "python"}
+
+
+def test_the_metric_table_is_what_the_server_exposes(quickstart: str) -> None:
+    """No metric is missing on either side."""
+    listed = set(re.findall(r"^\| `(memdec_\w+)`", README, re.M))
+    page = httpx.get(f"{quickstart}/metrics").text
+    exposed = set()
+    for name, kind in re.findall(r"^# TYPE (memdec_\w+) (\w+)", page, re.M):
+        if not name.endswith("_created"):
+            exposed.add(name if kind == "histogram" or name.endswith("_total") else f"{name}_total")
+    assert listed == exposed
+
+
+def test_the_printed_tree_exists() -> None:
+    """Every folder that the layout names."""
+    tree, top = block("", "server/        the path"), Path()
+    for line in tree.splitlines():
+        folder = line.split()[0].rstrip("/")
+        top = Path(folder) if not line.startswith(" ") else top
+        assert (ROOT / (top if not line.startswith(" ") else top / folder)).is_dir(), line
+
+
+def test_the_build_commands_parse() -> None:
+    """Flags and arguments of the training section."""
+    from server.cli import _parser
+
+    for line in block("sh", "memdec build").splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[0] == "memdec"
+        _parser().parse_args(words[1:])

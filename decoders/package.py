@@ -161,6 +161,12 @@ def fingerprint_model(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def share(folder: Path) -> None:
+    """Let everybody read a model: safetensors creates its files for the owner alone."""
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 def write_package(
     out: Path, decoder: Path, base: Path, domain: str, figures: dict[str, Any], provenance: dict[str, Any], manifest: Manifest
 ) -> Path:
@@ -180,6 +186,5 @@ def write_package(
             "training": provenance,
         }
         (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
-        for file in folder.iterdir():
-            file.chmod(0o644)
+        share(folder)
     return out

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from decoders.corpus import Corpus
 from decoders.manifest import Manifest, fingerprint, stage
+from decoders.package import share
 from decoders.tokenizer import load_tokenizer, token_map_hash, train_tokenizer
 from decoders.tokens import load_tokens, write_tokens
 from decoders.train import Schedule, train
@@ -80,6 +81,7 @@ def pretrain(
             train(model, load_tokens(tokens, "train"), schedule, "base", log=folder / "training.jsonl")
             model.to(torch.bfloat16).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            share(folder)
     return out
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from decoders.errors import DecoderError
 from decoders.package import Package, check_weights, read_json, safetensors_header
@@ -19,6 +19,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # safe in a header, a mod
 # config.json entries that may differ between decoders of one shape
 NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
 NOT_FINITE = {"F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+SCANNED = 8 << 30  # a base of more bytes is checked for NaN only while vLLM loads it: reading it twice would cost minutes
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,15 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) 
     names = [name for name, _ in decoders]
     if len(set(names)) < len(names):
         raise StartupError(f"--decoder: the name {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    if sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= SCANNED:
+        require_finite(folder, quantised="quantization_config" in config)
     tokenizer = load_tokenizer(folder)
     token_hash = token_map_hash(tokenizer)
     opened, limits = [], [positions(folder)]
     for name, path in decoders:
         package = Package.open(resolve(path), folder)
         require_finite(package.path)
+        require_room(package, tokenizer, name)
         # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
         require_same_token_map(tokenizer, load_tokenizer(package.path), name)
         opened.append((name, package))
@@ -124,8 +128,15 @@ def require_one_shape(packages: list[tuple[str, Package]]) -> None:
                 )
 
 
-def require_finite(folder: Path) -> None:
-    """Raise StartupError if a weight is of a type that isn't floating point, or holds NaN or infinity."""
+def require_room(package: Package, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise StartupError if the decoder has fewer embeddings than the tokenizer has ids. More (padding) are fine."""
+    rows, ids = package.config.get("vocab_size", 0), max(tokenizer.get_vocab().values()) + 1
+    if rows < ids:
+        raise StartupError(f"decoder {name}: its vocab_size is {rows}, but the tokenizer has {ids} ids; wanted at least as many")
+
+
+def require_finite(folder: Path, quantised: bool = False) -> None:
+    """Raise StartupError if a weight holds NaN or infinity, or is of a type that isn't floating point and not `quantised`."""
     for file in sorted(folder.glob("*.safetensors")):
         start, header = safetensors_header(file)
         data = np.memmap(file, np.uint8, "r", offset=start)
@@ -133,6 +144,8 @@ def require_finite(folder: Path) -> None:
             if name == "__metadata__":
                 continue
             if entry["dtype"] not in NOT_FINITE:
+                if quantised:
+                    continue
                 raise StartupError(f"{file}: weight {name} has type {entry['dtype']}, wanted one of {', '.join(NOT_FINITE)}")
             kind, exponent = NOT_FINITE[entry["dtype"]]
             begin, end = entry["data_offsets"]

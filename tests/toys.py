@@ -8,7 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Conf
 
 from decoders.tokenizer import train_tokenizer
 
-VOCABULARY = 1024
+VOCABULARY = 1000
+BASE_ROWS, QWEN_ROWS, GPT_ROWS = 1024, 1008, 1088  # models pad their vocabularies, each in its own way
 
 
 def make_toys(root: Path) -> Path:
@@ -16,9 +17,9 @@ def make_toys(root: Path) -> Path:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]
     tokenizer = train_tokenizer((f.read_text(errors="ignore") for f in files), VOCABULARY)
     models: dict[str, PreTrainedModel] = {
-        "base": qwen(1, hidden=128, layers=3, heads=2, spread=0.1),
-        "qwen_a": qwen(11, hidden=64, layers=2, heads=2, spread=0.2),
-        "qwen_b": qwen(12, hidden=64, layers=2, heads=2, spread=0.2),
+        "base": qwen(1, BASE_ROWS, hidden=128, layers=3, heads=2, spread=0.1),
+        "qwen_a": qwen(11, QWEN_ROWS, hidden=64, layers=2, heads=2, spread=0.2),
+        "qwen_b": qwen(12, QWEN_ROWS, hidden=64, layers=2, heads=2, spread=0.2),
         "gpt_a": gpt(21),
         "gpt_b": gpt(22),
     }
@@ -28,11 +29,11 @@ def make_toys(root: Path) -> Path:
     return root
 
 
-def qwen(seed: int, hidden: int, layers: int, heads: int, spread: float) -> PreTrainedModel:
+def qwen(seed: int, rows: int, hidden: int, layers: int, heads: int, spread: float) -> PreTrainedModel:
     """A Qwen2 with random everything."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1,
+        vocab_size=rows, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1,
         intermediate_size=3 * hidden, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
         initializer_range=spread,
     )  # fmt: skip
@@ -43,7 +44,7 @@ def gpt(seed: int) -> PreTrainedModel:
     """A GPT-2 with random everything."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=1024, bos_token_id=0, eos_token_id=0, initializer_range=0.2
+        vocab_size=GPT_ROWS, n_embd=64, n_layer=2, n_head=2, n_positions=1024, bos_token_id=0, eos_token_id=0, initializer_range=0.2
     )
     return roughen(GPT2LMHeadModel(config))
 
@@ -51,6 +52,7 @@ def gpt(seed: int) -> PreTrainedModel:
 def roughen(model: PreTrainedModel) -> PreTrainedModel:
     """Give norms and biases, which start as ones and zeros, values that tell layers apart."""
     with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY:] = 0  # padding is hardly ever sampled
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)

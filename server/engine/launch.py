@@ -15,6 +15,7 @@ from server.errors import StartupError
 from server.startup import Models, check_models
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
+REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
 Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
@@ -78,6 +79,8 @@ def _options(parser: Parser) -> Parser:
 
 def configure(args: Namespace, models: Models) -> None:
     """Fill in what follows from the models. Raises StartupError where the user's options contradict them."""
+    from vllm.config import CUDAGraphMode
+
     require_supported(models)
     if models.positions is not None:
         if args.max_model_len is None or args.max_model_len == -1:
@@ -98,11 +101,14 @@ def configure(args: Namespace, models: Models) -> None:
         args.kv_cache_memory_bytes = 1 << 30  # vLLM would take most of the machine's memory
     if not on_cpu:
         # Routing by domain is decided in Python each step, which a captured graph can't follow.
-        args.compilation_config.cudagraph_mode = "NONE"
+        args.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     if args.pipeline_parallel_size > 1:
         raise StartupError("--pipeline-parallel-size: memory decoders run beside the whole base, wanted 1")
-    if args.speculative_config:
-        raise StartupError("--speculative-config: not supported with memory decoders yet; leave it out")
+    for option, given in REFUSED.items():
+        if getattr(args, given, None):
+            raise StartupError(f"{option}: not supported with memory decoders yet; leave it out")
+    if (args.api_server_count or 1) > 1:
+        raise StartupError(f"--api-server-count {args.api_server_count}: wanted 1; start several servers behind a load balancer instead")
     if "--shutdown-timeout" not in args.explicit:
         args.shutdown_timeout = SHUTDOWN_TIMEOUT
 

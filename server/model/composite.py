@@ -37,7 +37,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec["base_architecture"]])
         beside = self._tower_config(vllm_config)
         memory_config = AutoConfig.from_pretrained(self.paths[0])
-        self.memory_width = memory_config.get_text_config().hidden_size
+        text_config = memory_config.get_text_config()
+        self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
         self.towers = nn.ModuleList(
             # vLLM reads the layer number off the only integer between dots.
             init_vllm_registered_model(beside, prefix=maybe_prefix(prefix, f"memory_{i}"), hf_config=memory_config)
@@ -89,6 +90,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         """Hidden states of each token's own decoder, [tokens, H_memory]; zeros where no token of the step has one."""
         if not routing.groups:
             return like.new_zeros(len(like), self.memory_width)
+        # The base may have more rows of padding, and a client may send their ids.
+        input_ids = input_ids.clamp(max=self.memory_ids - 1)
         if (only := routing.only) is not None:
             hidden: Tensor = self.towers[only - 1](input_ids, positions)
             return hidden

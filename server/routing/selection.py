@@ -105,7 +105,7 @@ def _number(choice: Given) -> float:
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # also false for NaN
         raise BadLambda(f"lambda is {_shown(choice.value)} ({choice.source}). It must be a number from 0 to 1.")
-    return float(value)
+    return float(value) or 0.0  # -0.0 is 0.0
 
 
 def _require_agreement(field: str, given: list[Given]) -> None:

@@ -74,7 +74,11 @@ def reference(toys: Path, kind: str, ids: list[int], domain: str | None, lam: fl
     tokens = torch.tensor([ids])
     base = hugging_face(toys / "base", stored)(tokens).logits[0].double().softmax(-1)
     if domain is not None:
-        base = (1 - lam) * base + lam * hugging_face(toys / f"{kind}_{domain}", stored)(tokens).logits[0].double().softmax(-1)
+        decoder = hugging_face(toys / f"{kind}_{domain}", stored)
+        logits = decoder(tokens.clamp(max=decoder.config.vocab_size - 1)).logits[0].double()
+        shared = min(base.shape[-1], logits.shape[-1])  # ids that only one of the two has are padding
+        base = (1 - lam) * base
+        base[:, :shared] += lam * logits[:, :shared].softmax(-1)
     return base.log()
 
 

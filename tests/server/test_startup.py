@@ -162,3 +162,28 @@ def test_an_architecture_vllm_does_not_have(toys: Path, decoder: Path) -> None:
     done = serve(str(toys / "base"), "--decoder", f"a={decoder}")
     assert done.returncode == 1
     assert "NobodysForCausalLM" in done.stderr.strip().splitlines()[-1]
+
+
+def test_fewer_embeddings_than_tokens(toys: Path, decoder: Path) -> None:
+    """An id without an embedding would end the engine in mid-request."""
+    edit_json(decoder / "config.json", vocab_size=900)
+    assert "900" in refusal(toys, f"a={decoder}")
+
+
+def test_a_broken_base(toys: Path, tmp_path: Path) -> None:
+    """The base is checked like the decoders."""
+    base = Path(shutil.copytree(toys / "base", tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(StartupError, match=name):
+        check_models(str(base), [])
+
+
+@pytest.mark.parametrize("option", [["--enable-lora"], ["--api-server-count", "2"], ["--pipeline-parallel-size", "2"]])
+def test_options_that_memories_cannot_have(option: list[str], toys: Path) -> None:
+    """Refused by name, not ignored."""
+    done = serve(str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", *option)
+    assert done.returncode == 1
+    assert option[0] in done.stderr.strip().splitlines()[-1]

@@ -18,7 +18,7 @@ def through_the_server(http: httpx.Client, ids: list[int], model: str) -> list[f
     scored: list[float] = []
     for start in windows(len(ids)):
         window = ids[start : start + WINDOW]
-        context = WINDOW // 2  # lm_eval scores what follows the context
+        context = WINDOW // 2 + 1  # lm_eval scores what follows the context
         body = {"model": model, "prompt": [window[:-1]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
         answer = http.post("/v1/completions", json=body).json()
         logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
@@ -34,7 +34,7 @@ def test_perplexity_equals_the_offline_one(model: str, lam: float, http: httpx.C
     served = through_the_server(http, ids, model)
     array = np.array(ids, np.uint16)
     scores = score(load_model(toys / "base"), load_model(toys / "qwen_a"), array, "offline")
-    # Offline each window also scores the token after it, which the server's prompt limit leaves no room for.
+    # Offline each window also scores the token after it, and the one it generates: no room for them here.
     kept = np.arange(len(scores.base)) % (WINDOW // 2) < WINDOW // 2 - 2
     offline = perplexity(scores.mixture(lam)[kept])
     assert len(served) == kept.sum()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-FLOAT32, BFLOAT16 = 1e-4, 0.1  # largest difference of a log-probability allowed, in nats
+FLOAT32 = 1e-4  # largest difference of a log-probability allowed, in nats
 CODE = "def scale(self, x):\n    return x + 1\n"
 MIX = [  # prompt, domain, lambda: all domains and none, every kind of lambda, prompts longer and shorter than a chunk
     (CODE * 8, None, 0.0),
@@ -82,6 +82,16 @@ def reference(toys: Path, kind: str, ids: list[int], domain: str | None, lam: fl
     return base.log()
 
 
+@torch.inference_mode()
+def rounding_error(folder: Path, ids: list[int]) -> float:
+    """Largest difference of a token's log-probability between bfloat16 and float32 arithmetic on one model's bfloat16 weights."""
+    exact = hugging_face(folder, torch.bfloat16)
+    rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokens = torch.tensor([ids]).clamp(max=exact.config.vocab_size - 1)
+    ours, theirs = (m(tokens[:, :-1]).logits[0].float().log_softmax(-1).gather(1, tokens[0, 1:, None]) for m in (exact, rounded))
+    return float((ours - theirs).abs().max())
+
+
 def worst(
     toys: Path, kind: str, mix: list[tuple[str, str | None, float]], records: list[dict[str, Any]], stored: torch.dtype = torch.float32
 ) -> float:
@@ -125,9 +135,14 @@ def test_preempted_requests_are_recomputed_with_their_own_memory(toys: Path, tmp
 
 
 def test_bfloat16_stays_within_its_bound(toys: Path, tmp_path: Path) -> None:
-    """Against float32 arithmetic on the same rounded weights. The toys' logits are large, so bfloat16's 3 digits show."""
-    result = run(tmp_path, toys, "qwen", MIX, sampling={"prompt_logprobs": 1}, dtype="bfloat16")
-    assert worst(toys, "qwen", MIX, result["rounds"][0], torch.bfloat16) <= BFLOAT16
+    """Twice what Hugging Face's own bfloat16 models are off on the same tokens.
+
+    A mixture's log-probability moves by no more than the larger of its parts' do, so mixing itself must add nothing; the
+    factor is for the order of sums, which differs. (The toys' logits are large: the bound is about 0.2 nats here.)
+    """
+    records = run(tmp_path, toys, "qwen", MIX, sampling={"prompt_logprobs": 1}, dtype="bfloat16")["rounds"][0]
+    off = max(rounding_error(toys / name, r["prompt"] + r["output"]) for r in records for name in ("base", "qwen_a", "qwen_b"))
+    assert worst(toys, "qwen", MIX, records, torch.bfloat16) <= 2 * off
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

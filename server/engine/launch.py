@@ -16,6 +16,13 @@ from server.startup import Models, check_models
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
+UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's classes say so
+    "has state-space layers": "is_hybrid",
+    "has no attention": "is_attention_free",
+    "keeps recurrent state": "has_inner_state",
+    "takes images or sound": "supports_multimodal",
+    "is a pooling model": "is_pooling_model",
+}
 Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
@@ -114,7 +121,7 @@ def configure(args: Namespace, models: Models) -> None:
 
 
 def require_supported(models: Models) -> None:
-    """Raise StartupError if vLLM doesn't know the base's or the decoders' architecture."""
+    """Raise StartupError if vLLM doesn't know an architecture, or if it is of a kind that can't be part of a composite."""
     from vllm import ModelRegistry
 
     known = set(ModelRegistry.get_supported_archs())
@@ -124,6 +131,10 @@ def require_supported(models: Models) -> None:
     for architecture, owner in wanted.items():
         if architecture not in known:
             raise StartupError(f"{owner}: vLLM has no architecture {architecture!r}")
+        model = ModelRegistry.models[architecture].load_model_cls()
+        for kind, flag in UNSUPPORTED.items():
+            if getattr(model, flag, False):
+                raise StartupError(f"{owner}: {architecture} {kind}, which memory decoders don't work with yet")
 
 
 async def _serve(args: Namespace, models: Models) -> int:

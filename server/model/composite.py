@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
@@ -35,8 +35,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.width = vllm_config.model_config.get_hidden_size()
         self.paths = [Path(d["path"]) for d in spec["decoders"]]
         self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec["base_architecture"]])
-        beside = self._tower_config(vllm_config)
         memory_config = AutoConfig.from_pretrained(self.paths[0])
+        beside = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
         self.towers = nn.ModuleList(
@@ -50,8 +50,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.__dict__["view"] = None
 
     @staticmethod
-    def _tower_config(vllm_config: VllmConfig) -> VllmConfig:
-        """The engine's config for the towers: run eagerly, not quantised.
+    def _tower_config(vllm_config: VllmConfig, memory_config: PreTrainedConfig) -> VllmConfig:
+        """The engine's config for the towers: run eagerly, not quantised, with the decoders' own sliding window or none.
 
         vLLM compiles a model once and drops the guards, so what is routed by Python values must not be compiled. The copies are
         shallow: the register of attention layers stays the engine's own.
@@ -61,6 +61,12 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside.compilation_config.mode = CompilationMode.NONE
         beside.compilation_config.custom_ops = ["all"]
         beside.quant_config = None
+        # Attention layers that aren't told otherwise take the window from here, where vLLM has put the base's.
+        beside.cache_config = copy.copy(vllm_config.cache_config)
+        text_config = memory_config.get_text_config()
+        kinds = getattr(text_config, "layer_types", None)  # vLLM's own rule: models of mixed kinds tell each layer themselves
+        sliding = kinds is None or all(kind == "sliding_attention" for kind in kinds)
+        beside.cache_config.sliding_window = getattr(text_config, "sliding_window", None) if sliding else None
         return beside
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

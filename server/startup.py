@@ -33,7 +33,9 @@ class Models:
     """Longest context that all models have, in tokens; None if no config says."""
 
     def overrides(self) -> dict[str, Any]:
-        """VLLM's `hf_overrides`: makes the base's folder load as our composite."""
+        """vLLM's `hf_overrides`: makes the base's folder load as our composite. Without decoders it stays what it is."""
+        if not self.domains.all:
+            return {}
         decoders = [{"name": d.name, "path": d.path, "lambda": d.lam, "revision": d.revision} for d in self.domains]
         return {
             "architectures": ["MemoryDecoderForCausalLM"],

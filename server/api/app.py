@@ -23,7 +23,7 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with vllm_api.lifespan(app):
-            print(greeting.ready(args, domains, time.monotonic() - started), flush=True)
+            print(greeting.ready(args, domains, engine.model_config.max_model_len, time.monotonic() - started), flush=True)
             yield
 
     app = FastAPI(title="memdec", description="Completions with domain memories", lifespan=lifespan)

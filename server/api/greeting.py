@@ -5,18 +5,19 @@ from argparse import Namespace
 from server.routing.domains import Domains
 
 
-def ready(args: Namespace, domains: Domains, seconds: float) -> str:
+def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> str:
     """Where the server listens, what it serves, and a curl to paste."""
     scheme = "https" if args.ssl_certfile else "http"
     everywhere = (None, "", "0.0.0.0", "::")  # noqa: S104
     host = args.host if args.host not in everywhere else "127.0.0.1"
     url = f"{scheme}://{host}:{args.port}"
-    names = ", ".join(f"{d.name} (lambda {d.lam:g})" for d in domains) or "none"
+    names = ", ".join(f"{d.name} (lambda {d.lam:g}{'' if d.tuned else ', not tuned beside this base'})" for d in domains) or "none"
     header = f" -H 'X-Domain: {domains.names[0]}'" if domains.names else ""
     return (
         f"\nmemdec is ready on {url} after {seconds:.0f} s\n"
         f"  base:    {domains.base}\n"
         f"  domains: {names}\n"
+        f"  context: {context} tokens\n"
         f"  try:     curl {url}/v1/completions -H 'Content-Type: application/json'{header} "
         f"""-d '{{"model": "{domains.base}", "prompt": "The results show that", "max_tokens": 40, "temperature": 0}}'\n"""
     )

@@ -44,8 +44,8 @@ class MemoryEngine(AsyncLLM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        decoders = self.vllm_config.model_config.hf_config.memory_decoder["decoders"]
-        self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in decoders}
+        composite = getattr(self.vllm_config.model_config.hf_config, "memory_decoder", {"decoders": []})
+        self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
         self.output_processor.timings = Timings(self.revisions)

@@ -101,12 +101,13 @@ def configure(args: Namespace, models: Models) -> None:
     args.served_model_name = [models.domains.base, *(models.domains.alias(d) for d in models.domains)]
     args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
     on_cpu = not torch.cuda.is_available()
-    args.worker_cls = f"server.engine.worker.{'CPU' if on_cpu else 'GPU'}MemoryWorker"
+    if models.domains.all:
+        args.worker_cls = f"server.engine.worker.{'CPU' if on_cpu else 'GPU'}MemoryWorker"
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and args.distributed_executor_backend is None:
         args.distributed_executor_backend = "uni"
     if on_cpu and args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         args.kv_cache_memory_bytes = 1 << 30  # vLLM would take most of the machine's memory
-    if not on_cpu:
+    if models.domains.all and not on_cpu:
         # Routing by domain is decided in Python each step, which a captured graph can't follow.
         args.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     if args.pipeline_parallel_size > 1:

@@ -27,7 +27,7 @@ MIX = [  # prompt, domain, lambda: all domains and none, every kind of lambda, p
 
 
 def overrides(toys: Path, kind: str) -> dict[str, Any]:
-    """VLLM's hf_overrides for a base with two toy decoders."""
+    """vLLM's hf_overrides for a base with two toy decoders."""
     decoders = [{"name": n, "path": str(toys / f"{kind}_{n}"), "lambda": 0.6, "revision": f"{kind}{n}"} for n in "ab"]
     return {
         "architectures": ["MemoryDecoderForCausalLM"],

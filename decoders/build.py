@@ -31,10 +31,11 @@ class BuildOptions:
     knn_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the kNN targets, tokens"})
     beta: float = field(default=0.5, metadata={"help": "weight of the kNN term in the loss (paper, eq. 6)"})
     seed: int = field(default=0, metadata={"help": "seed of weights and order"})
+    licence: str = field(default="not stated", metadata={"help": "licence of the corpus's text, recorded in the package"})
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("beta", "seed") and value < 1:
+            if name not in ("beta", "seed", "licence") and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: wanted a whole number above 0")
         if not 0 <= self.beta <= 1:
             raise OptionError(f"--beta {self.beta}: wanted a number from 0 to 1")
@@ -45,9 +46,10 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
     check_weights(base)
     tokenizer = load_tokenizer(base)
     made = {name: version(name) for name in ("torch", "transformers", "faiss-cpu")}
-    teacher = Schedule(options.teacher_tokens, seed=options.seed, matrix_lr=0.005, other_lr=5e-4, stretched=0.0)
-    first = Schedule(options.text_tokens, seed=options.seed, cooldown=0.2)
-    second = Schedule(options.knn_tokens, seed=options.seed + 1, cooldown=0.9)
+    # Small batches: these trainings are short, and a step taken early is worth more than its gradient's precision.
+    teacher = Schedule(options.teacher_tokens, batch=4, seed=options.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
+    first = Schedule(options.text_tokens, batch=4, seed=options.seed, cooldown=0.2)
+    second = Schedule(options.knn_tokens, batch=8, seed=options.seed + 1, cooldown=0.9)
 
     print(f"corpus {corpus.name}: reading", flush=True)
     inputs: dict[str, Any] = {"corpus": corpus.fingerprint(), "token_map": token_map_hash(tokenizer)}
@@ -65,14 +67,14 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
     }
     decoder = write_decoder(work / "decoder", tokens, targets, base, shape, first, second, options.beta, inputs)
 
-    inputs = {"decoder": fingerprint(inputs), "domain": domain, "base": fingerprint_model(base)}
+    inputs = {"decoder": fingerprint(inputs), "domain": domain, "base": fingerprint_model(base), "licence": options.licence}
     if is_fresh(out, inputs):
         print(f"{out.name}: fresh, kept", flush=True)
         return Package.open(out, base)
     figures = measure(load_model(base), load_model(decoder), load_tokens(tokens, "valid"), load_tokens(tokens, "test"))
     provenance = {
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint()},
-        "options": asdict(options),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint(), "licence": options.licence},
+        "options": {name: value for name, value in asdict(options).items() if name != "licence"},
         "seconds": {d.name: read_manifest(d)["seconds"] for d in (tokens, store, targets, decoder)},
         "versions": made,
     }

@@ -4,6 +4,7 @@ Key i is the teacher's final normed hidden state at position i, value i the toke
 The teacher is the base tuned on the domain first: targets from a teacher worse than its student hurt.
 """
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from decoders.arrays import create_array
 from decoders.manifest import Manifest, stage
 from decoders.models import load_model
+from decoders.tokenizer import first_line
 from decoders.tokens import load_tokens
 from decoders.train import Ids, Schedule, keep_freed_memory, train
 
@@ -51,12 +54,12 @@ def write_datastore(out: Path, tokens: Path, base: Path, tuning: Schedule, entri
         train(teacher, ids, tuning, "teacher", log=folder / "training.jsonl")
         teacher.save_pretrained(folder / "teacher")
         count = min(entries, len(ids) - 1)
-        keys = np.lib.format.open_memmap(folder / "keys.npy", "w+", np.float16, (count, teacher.config.hidden_size))
+        keys = create_array(folder / "keys.npy", np.float16, (count, teacher.config.hidden_size))
         for start, part in embed(teacher, ids[:count], "datastore"):
             keys[start : start + len(part)] = part.numpy().astype(np.float16)
         keys.flush()
         np.save(folder / "values.npy", ids[1 : count + 1])
-        faiss.write_index(build_index(keys), str(folder / "index.faiss"))
+        write_index(build_index(keys), folder / "index.faiss")
     return out
 
 
@@ -100,3 +103,11 @@ def build_index(keys: NDArray[np.float16]) -> faiss.Index:
     for start in range(0, count, 100_000):
         index.add(np.asarray(keys[start : start + 100_000], np.float32))
     return index
+
+
+def write_index(index: faiss.Index, path: Path) -> None:
+    """Write an index. Raises OSError where faiss raises a RuntimeError of its own."""
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(errno.EIO, f"the index could not be written ({first_line(error)}); is the disk full?", str(path)) from None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from decoders.arrays import create_array
 from decoders.datastore import Datastore, embed
 from decoders.manifest import Manifest, stage
 from decoders.models import load_model
@@ -43,8 +44,8 @@ def write_targets(out: Path, store: Path, tokens: Path, neighbours: int, manifes
         tau, tried = tune_tau(datastore, load_tokens(tokens, "valid")[:TUNED_ON], neighbours)
         (folder / "tau.json").write_text(json.dumps({"tau": tau, "tried": tried}, indent=1) + "\n")
         count = len(datastore.keys)
-        ids = np.lib.format.open_memmap(folder / "ids.npy", "w+", datastore.values.dtype, (count, KEPT))
-        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float16, (count, KEPT))
+        ids = create_array(folder / "ids.npy", datastore.values.dtype, (count, KEPT))
+        probs = create_array(folder / "probs.npy", np.float16, (count, KEPT))
         for start, distances, found in search_own(datastore, neighbours):
             part = slice(start, start + len(found))
             ids[part], probs[part] = sparse_rows(*token_masses(distances, datastore.values[found], tau))

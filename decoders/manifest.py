@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from decoders.errors import ManifestError
 
 NAME = "manifest.json"
@@ -53,8 +55,9 @@ def stage(out: Path, manifest: Manifest) -> Iterator[Path | None]:
         (temporary / NAME).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         temporary.replace(out)
-    except OSError as error:
-        raise ManifestError(f"{error.filename or out}: {error.strerror or error}; nothing was kept of this stage") from error
+    except (OSError, SafetensorError) as error:
+        where, why = getattr(error, "filename", None) or out, getattr(error, "strerror", None) or error
+        raise ManifestError(f"{where}: {why}; nothing was kept of this stage") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """The six stages on a tiny base and corpus, as a user would run them, and the package they leave."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(corpus: Path, base: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """`memdec build` in a process of its own."""
+def build(corpus: Path, base: Path, out: Path, largest: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+    """`memdec build` in a process of its own, whose files may have at most `largest` bytes."""
     command = [sys.executable, "-m", "server.cli", "build", "tiny", "--corpus", str(corpus), "--base", str(base), "--out", str(out), *TINY]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # noqa: E731
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, preexec_fn=limit)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,17 @@ def test_a_second_run_keeps_every_stage(built: Path, corpus: Path, toys: Path) -
     done = build(corpus, toys / "base", built)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p: p.stat().st_mtime_ns for p in built.parent.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("largest", [20_000, 1_200_000])
+def test_files_that_cannot_be_written_are_one_line(largest: int, built: Path, corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """A disk that fills up at the tokens, or at the teacher; no traceback and nothing half-written."""
+    done = build(corpus, toys / "base", tmp_path / "out", largest)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert done.stderr.strip().splitlines()[-1].startswith("memdec: error: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_too_little_text_is_refused_by_name(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ def serve(argv: list[str]) -> int:
 
 def set_environment(argv: list[str]) -> None:
     """Defaults that vLLM reads from the environment when it is imported; what the user has set stays."""
+    os.environ["MEMDEC_SERVING"] = "1"  # tells server.model.plugin, in child processes, whose children they are
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -92,7 +92,8 @@ def children(pid: int) -> list[int]:
     """All descendants of a process."""
     listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
-    found, frontier = [], [pid]
+    found: list[int] = []
+    frontier = [pid]
     while frontier:
         frontier = [child for child, parent in pairs if parent in frontier]
         found += frontier
@@ -117,3 +118,24 @@ def test_the_engines_death_ends_streams_and_the_server(own_server: Server) -> No
     time.sleep(1)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{own_server.url}/health", timeout=5)
+
+
+@pytest.mark.parametrize("own_server", [5], indirect=True)
+def test_no_process_outlives_a_killed_server(own_server: Server) -> None:
+    """SIGKILL of the server itself: its engine must not stay behind, holding memory."""
+    family = children(own_server.process.pid)
+    assert family
+    own_server.process.kill()
+    own_server.process.wait(30)
+    deadline = time.monotonic() + 30
+    while any(running(pid) for pid in family):
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in family if running(pid)]
+        time.sleep(0.2)
+
+
+def running(pid: int) -> bool:
+    """Whether a process exists and isn't a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

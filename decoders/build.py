@@ -13,7 +13,7 @@ from decoders.evaluate import measure, table
 from decoders.knn_targets import write_targets
 from decoders.manifest import fingerprint, is_fresh, read_manifest
 from decoders.models import load_model
-from decoders.package import Package, check_weights, fingerprint_model, write_package
+from decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, fingerprint_model, write_package
 from decoders.pretrain import DECODER, Shape
 from decoders.tokenizer import load_tokenizer, token_map_hash
 from decoders.tokens import load_tokens, write_tokens
@@ -43,6 +43,8 @@ class BuildOptions:
 
 def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, options: BuildOptions, shape: Shape = DECODER) -> Package:
     """Make a memory decoder for `domain` beside `base`; the package goes to `out`, everything else stays in `work`."""
+    if not DOMAIN.fullmatch(domain):
+        raise OptionError(f"NAME {domain!r}: wanted {DOMAIN_RULE}")
     check_weights(base)
     tokenizer = load_tokenizer(base)
     made = {name: version(name) for name in ("torch", "transformers", "faiss-cpu")}

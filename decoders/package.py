@@ -6,6 +6,7 @@ This module is what the server needs of training: it imports neither torch model
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from decoders.manifest import Manifest, stage
 from decoders.tokenizer import load_tokenizer, token_map_hash
 
 NAME = "memory_decoder.json"
+DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a domain's name: safe in a header, a model alias and a metric label
+DOMAIN_RULE = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
 FORMAT = 1
 DEFAULT_LAMBDA = 0.6  # the paper's v1, table 7: best or near it for most models
 MODEL_FILES = (

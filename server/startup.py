@@ -1,7 +1,6 @@
 """From command-line paths to checked models: whatever can be refused is refused here, before any process is started."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from decoders.errors import DecoderError
-from decoders.package import Package, check_weights, read_json, safetensors_header
+from decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, read_json, safetensors_header
 from decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash
 from server.errors import StartupError
 from server.routing.domains import Domain, Domains
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # safe in a header, a model alias and a metric label
 # config.json entries that may differ between decoders of one shape
 NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
 NOT_FINITE = {"F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
@@ -56,8 +54,8 @@ def parse_decoder(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not path:
         raise StartupError(f"--decoder {text}: wanted NAME=PATH")
-    if not NAME.fullmatch(name):
-        raise StartupError(f"--decoder {text}: the name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+    if not DOMAIN.fullmatch(name):
+        raise StartupError(f"--decoder {text}: the name {name!r} must be {DOMAIN_RULE}")
     return name, path
 
 

@@ -89,6 +89,8 @@ def test_too_little_text_is_refused_by_name(toys: Path, tmp_path: Path, capsys: 
 def test_options_and_bases_that_cannot_work(toys: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each names the key, the value and what is wanted."""
     arguments = ["build", "x", "--corpus", str(corpus), "--out", str(tmp_path / "out"), "--base"]
+    assert main(["build", "a b/c", *arguments[2:], str(toys / "base")]) == 1
+    assert "NAME 'a b/c': wanted" in capsys.readouterr().err
     assert main([*arguments, str(toys / "base"), "--beta", "1.5"]) == 1
     assert "--beta 1.5: wanted" in capsys.readouterr().err
     assert main([*arguments, str(toys / "base"), "--entries", "0"]) == 1

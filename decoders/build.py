@@ -45,6 +45,8 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
     """Make a memory decoder for `domain` beside `base`; the package goes to `out`, everything else stays in `work`."""
     if not DOMAIN.fullmatch(domain):
         raise OptionError(f"NAME {domain!r}: wanted {DOMAIN_RULE}")
+    if not base.is_dir():
+        raise OptionError(f"--base {base}: no such folder")
     check_weights(base)
     tokenizer = load_tokenizer(base)
     made = {name: version(name) for name in ("torch", "transformers", "faiss-cpu")}

@@ -1,5 +1,6 @@
 """/v1/completions and /v1/chat/completions: choose the domain, then let vLLM answer."""
 
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -22,6 +23,8 @@ from server.routing.selection import Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
+COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
+LARGEST_COUNT = 10_000
 CLIENT_LEFT = 499  # nobody sees it but the metrics
 
 
@@ -40,6 +43,7 @@ async def chat_completions(request: ChatCompletionRequest, raw_request: Request)
 async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
     await _require_unicode(raw_request)
+    require_small_schema(await raw_request.json())
     selection = _select(request, raw_request)
     raw_request.state.selection = selection  # for the metrics
     _apply(selection, request)
@@ -61,6 +65,23 @@ async def _require_unicode(raw_request: Request) -> None:
         json.dumps(await raw_request.json(), ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise RequestError("The body has half of a surrogate pair (\\ud800 to \\udfff alone), which is not text.") from None
+
+
+def require_small_schema(body: dict[str, Any]) -> None:
+    """Refuse JSON schemas that count too far: compiling one takes time and memory in proportion, in the server's own process."""
+    waiting: list[Any] = [body.get(key) for key in ("response_format", "structured_outputs", "tools")]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, str) and node.lstrip().startswith("{"):  # a schema may also come as text
+            with contextlib.suppress(ValueError):
+                node = json.loads(node)
+        if isinstance(node, dict):
+            for key in COUNTS & node.keys():
+                if isinstance(node[key], int | float) and node[key] > LARGEST_COUNT:
+                    raise RequestError(f"{key} is {str(node[key])[:20]} in a JSON schema. It must be at most {LARGEST_COUNT:,}.", key)
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
 
 
 async def _begin(response: StreamingResponse, _: Request) -> Response:
@@ -85,7 +106,7 @@ def _select(request: Any, raw_request: Request) -> Selection:
     for name in (DOMAIN, LAMBDA):
         if name in (request.vllm_xargs or {}):
             raise RequestError(f"vllm_xargs.{name} is reserved. Use the body field {name}.", "vllm_xargs")
-    headers = {name: raw_request.headers.getlist(name) for name in ("x-domain", "x-lambda", "x-memory")}
+    headers = {name: [value.strip() for value in raw_request.headers.getlist(name)] for name in ("x-domain", "x-lambda", "x-memory")}
     return select(raw_request.app.state.domains, request.model, headers, request.model_extra or {})
 
 

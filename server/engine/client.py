@@ -37,6 +37,14 @@ class TimedOutputProcessor(OutputProcessor):
             self.timings.finished(req_state.memory_choice, iteration_stats.finished_requests[-1].mean_time_per_output_token)
 
 
+class CutOff(EngineDeadError):
+    """What requests still running at the end of the drain end with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.args = ("The server is shutting down and cut this request off; send it to another replica.",)
+
+
 class MemoryEngine(AsyncLLM):
     """The engine client of one server process."""
 
@@ -76,7 +84,7 @@ class MemoryEngine(AsyncLLM):
         super().shutdown(timeout=timeout)
         handler = getattr(self, "output_handler", None)
         if handler is not None and not handler.get_loop().is_closed():
-            handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
+            handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, CutOff())
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Raise ShuttingDown while draining, and vLLM's own errors when the queue is full."""

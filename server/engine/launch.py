@@ -98,6 +98,11 @@ def configure(args: Namespace, models: Models) -> None:
                 f"--max-model-len {args.max_model_len}: base and decoders have at most {models.positions} positions in common; "
                 "give that or less, or leave the decoder with the shorter limit out"
             )
+    if args.host is None:
+        args.host = "127.0.0.1"  # nothing is reachable from outside, or without a key, unless asked for
+    if args.structured_outputs_config.backend == "auto":
+        # The front end would choose by request, the engine once: what the one accepts could fail in the other.
+        args.structured_outputs_config.backend = "xgrammar"
     args.model = str(models.base)
     args.served_model_name = [models.domains.base, *(models.domains.alias(d) for d in models.domains)]
     args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
@@ -151,8 +156,8 @@ async def _serve(args: Namespace, models: Models) -> int:
     context = UsageContext.OPENAI_API_SERVER
     try:
         _, sock = setup_server(args, reuse_port=False)
-    except OSError as error:
-        raise StartupError(f"--host {args.host or 'every address'} --port {args.port}: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        raise StartupError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=context)
         engine = MemoryEngine.from_vllm_config(

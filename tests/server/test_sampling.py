@@ -108,3 +108,27 @@ def test_beam_search(http: httpx.Client) -> None:
     """Works on the base; with a domain it would silently drop the domain, so it is refused."""
     assert len(ask(http, use_beam_search=True, n=2).json()["choices"]) == 2
     refused(ask(http, use_beam_search=True, n=2, domain="a"), 400, "use_beam_search")
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "array", "minItems": 10**9}, {"type": "object", "properties": {"a": {"type": "string", "maxLength": 10**7}}}]
+)
+@pytest.mark.parametrize("where", ["structured_outputs", "response_format", "text"])
+def test_schemas_that_count_too_far_are_refused_at_once(schema: dict[str, object], where: str, http: httpx.Client) -> None:
+    """Compiling such a schema would take the machine's memory."""
+    field = {
+        "structured_outputs": {"structured_outputs": {"json": schema}},
+        "response_format": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        "text": {"structured_outputs": {"json": json.dumps(schema)}},
+    }[where]
+    answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "domain": "a", **field})
+    assert answer.status_code == 400
+    assert "at most 10,000" in answer.json()["error"]["message"]
+
+
+def test_a_grammar_that_is_none_is_refused_whatever_came_before(http: httpx.Client) -> None:
+    """Front end and engine use the same backend."""
+    for _ in range(2):
+        answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "structured_outputs": {"grammar": "root ::= "}})
+        assert answer.status_code == 400
+        http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "structured_outputs": {"json": {"type": "object"}}})

@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: serve test check format install install-dev clean
 
 serve: install  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
-	VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore $(BIN)/memdec serve $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) \
+	exec env VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore $(BIN)/memdec serve $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) \
 	  --host $(HOST) --port $(PORT) --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456
 
 test: install-dev check  ## every check and test

@@ -56,7 +56,8 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
     second = Schedule(options.knn_tokens, batch=8, seed=options.seed + 1, cooldown=0.9)
 
     print(f"corpus {corpus.name}: reading", flush=True)
-    inputs: dict[str, Any] = {"corpus": corpus.fingerprint(), "token_map": token_map_hash(tokenizer)}
+    text = corpus.fingerprint()
+    inputs: dict[str, Any] = {"corpus": text, "token_map": token_map_hash(tokenizer)}
     tokens = write_tokens(work / "tokens", corpus, tokenizer, inputs)
     inputs |= {"base": fingerprint_model(base), "teacher": teacher.to_dict(), "entries": options.entries, "versions": made}
     store = write_datastore(work / "datastore", tokens, base, teacher, options.entries, inputs)
@@ -77,7 +78,7 @@ def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, option
         return Package.open(out, base)
     figures = measure(load_model(base), load_model(decoder), load_tokens(tokens, "valid"), load_tokens(tokens, "test"))
     provenance = {
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint(), "licence": options.licence},
+        "corpus": {"name": corpus.name, "fingerprint": text, "licence": options.licence},
         "options": {name: value for name, value in asdict(options).items() if name != "licence"},
         "seconds": {d.name: read_manifest(d)["seconds"] for d in (tokens, store, targets, decoder)},
         "versions": made,

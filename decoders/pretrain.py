@@ -67,12 +67,13 @@ def pretrain(
 ) -> Path:
     """Train a tokenizer on a balanced mix of corpora, then a base model on `corpus`; write a Hugging Face folder to `out`."""
     mix = [corpus, *tokenizer_corpora]
-    inputs: Manifest = {"vocabulary": vocabulary, "corpora": [c.fingerprint() for c in mix]}
+    texts = [c.fingerprint() for c in mix]
+    inputs: Manifest = {"vocabulary": vocabulary, "corpora": texts}
     with stage(work / "tokenizer", inputs) as folder:
         if folder is not None:
             train_tokenizer(balanced(mix), vocabulary).save_pretrained(folder)
     tokenizer = load_tokenizer(work / "tokenizer")
-    inputs = {"tokenizer": token_map_hash(tokenizer), "corpus": corpus.fingerprint()}
+    inputs = {"tokenizer": token_map_hash(tokenizer), "corpus": texts[0]}
     tokens = write_tokens(work / "tokens", corpus, tokenizer, inputs)
     inputs = {"tokens": fingerprint(inputs), "shape": asdict(shape), "schedule": schedule.to_dict()}
     with stage(out, inputs) as folder:

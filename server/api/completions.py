@@ -74,7 +74,7 @@ def require_small_schema(body: dict[str, Any]) -> None:
         node = waiting.pop()
         if isinstance(node, str) and node.lstrip().startswith("{"):  # a schema may also come as text
             with contextlib.suppress(ValueError):
-                node = json.loads(node)
+                node = _parsed(node)
         if isinstance(node, dict):
             for key in COUNTS & node.keys():
                 if isinstance(node[key], int | float) and node[key] > LARGEST_COUNT:
@@ -82,6 +82,14 @@ def require_small_schema(body: dict[str, Any]) -> None:
             waiting += node.values()
         elif isinstance(node, list):
             waiting += node
+
+
+def _parsed(text: str) -> Any:
+    """JSON from text. Raises ValueError, and RequestError where nesting would exhaust the parser."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise RequestError("A JSON schema given as text is nested too deeply.", "structured_outputs") from None
 
 
 async def _begin(response: StreamingResponse, _: Request) -> Response:

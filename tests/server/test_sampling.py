@@ -126,6 +126,14 @@ def test_schemas_that_count_too_far_are_refused_at_once(schema: dict[str, object
     assert "at most 10,000" in answer.json()["error"]["message"]
 
 
+def test_a_schema_in_text_that_nests_too_deeply_is_refused(http: httpx.Client) -> None:
+    """The parser's limit is the client's error, not the server's."""
+    field = {"structured_outputs": {"json": '{"a":' * 8000 + "1" + "}" * 8000}}
+    answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, **field})
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
 def test_a_grammar_that_is_none_is_refused_whatever_came_before(http: httpx.Client) -> None:
     """Front end and engine use the same backend."""
     for _ in range(2):

@@ -2,18 +2,61 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
+
+from decoders.errors import ManifestError
 
 
-def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> Any:
-    """A new .npy file of that type and shape, as a writable memory map.
+def fill_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> Any:
+    """A .npy file of that type and shape as a writable memory map; one that is already there keeps what it holds.
 
     Its blocks are reserved first: on a full disk that is an OSError, where writing to the map would kill the process.
     """
-    array = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
-    with path.open("r+b") as stream:
-        os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
-    return array
+    if path.is_file():
+        array = np.load(path, mmap_mode="r+")
+        if array.dtype != np.dtype(dtype) or array.shape != shape:
+            raise ManifestError(f"{path}: holds {array.dtype} {array.shape}, wanted {np.dtype(dtype)} {shape}; remove its folder")
+        return array
+    temporary = path.with_name(f"{path.name}.new")
+    array = np.lib.format.open_memmap(temporary, "w+", np.dtype(dtype), shape)
+    with temporary.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, temporary.stat().st_size)
+    del array
+    temporary.replace(path)
+    return np.load(path, mmap_mode="r+")
+
+
+class GrowingArray:
+    """A flat .npy file that is appended to and whose length is known only at the end."""
+
+    HEADER = 128  # bytes that numpy's header takes, spare digits for the length included
+
+    def __init__(self, path: Path, dtype: DTypeLike, length: int = 0) -> None:
+        """Go on after `length` elements; what lies beyond them is cut off."""
+        self.dtype, self.length = np.dtype(dtype), length
+        path.touch()
+        self.stream: IO[bytes] = path.open("r+b")
+        self.stream.truncate(self.HEADER + length * self.dtype.itemsize)
+        self._header()
+        self.stream.seek(0, os.SEEK_END)
+
+    def append(self, part: NDArray[Any]) -> None:
+        """Add elements."""
+        self.stream.write(part.astype(self.dtype).tobytes())
+        self.length += len(part)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Write the final length."""
+        self._header()
+        self.stream.close()
+
+    def _header(self) -> None:
+        self.stream.seek(0)
+        np.lib.format.write_array_header_1_0(self.stream, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)})

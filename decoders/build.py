@@ -1,21 +1,26 @@
-"""`memdec build`: the six stages, one after the other, each kept while what it was made from stays the same."""
+"""`memdec build`: the stages, one after the other, each kept while what it was made from stays the same."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from decoders import parallel
 from decoders.corpus import Corpus
 from decoders.datastore import write_datastore
 from decoders.decoder import write_decoder
 from decoders.errors import OptionError
 from decoders.evaluate import measure, table
-from decoders.knn_targets import write_targets
-from decoders.manifest import fingerprint, is_fresh, read_manifest
+from decoders.knn_targets import KINDS, write_targets
+from decoders.manifest import Manifest, fingerprint, is_fresh, read_manifest
 from decoders.models import load_model
-from decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, fingerprint_model, write_package
+from decoders.near_duplicates import Cleaned, write_near_duplicates
+from decoders.package import DOMAIN, DOMAIN_RULE, check_weights, fingerprint_model, write_package
 from decoders.pretrain import DECODER, Shape
-from decoders.tokenizer import load_tokenizer, token_map_hash
+from decoders.teacher import write_student, write_tuned
+from decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from decoders.tokens import load_tokens, write_tokens
 from decoders.train import Schedule
 
@@ -24,65 +29,156 @@ from decoders.train import Schedule
 class BuildOptions:
     """Every knob of a build. The field names are the flags."""
 
-    teacher_tokens: int = field(default=800_000, metadata={"help": "tokens that tune the teacher on the domain"})
-    entries: int = field(default=1_500_000, metadata={"help": "datastore entries at most"})
-    neighbours: int = field(default=64, metadata={"help": "k: neighbours a kNN distribution is made of"})
-    text_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the labels alone, tokens"})
+    teacher_tokens: int = field(default=1_000_000, metadata={"help": "tokens that tune the teacher on the domain"})
+    entries: int = field(default=1_000_000, metadata={"help": "datastore entries at most"})
+    neighbours: int = field(default=256, metadata={"help": "largest k tried: how many neighbours a kNN distribution is made of"})
+    student_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the labels alone, tokens"})
     knn_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the kNN targets, tokens"})
+    targets: str = field(default="knn", metadata={"help": "what is imitated: knn, the neighbours alone, or knn-lm, they and the teacher"})
     beta: float = field(default=0.5, metadata={"help": "weight of the kNN term in the loss (paper, eq. 6)"})
     seed: int = field(default=0, metadata={"help": "seed of weights and order"})
     licence: str = field(default="not stated", metadata={"help": "licence of the corpus's text, recorded in the package"})
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("beta", "seed", "licence") and value < 1:
+            if isinstance(value, int) and name != "seed" and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: wanted a whole number above 0")
         if not 0 <= self.beta <= 1:
             raise OptionError(f"--beta {self.beta}: wanted a number from 0 to 1")
+        if self.targets not in KINDS:
+            raise OptionError(f"--targets {self.targets}: wanted {' or '.join(KINDS)}")
+
+    def teacher_schedule(self) -> Schedule:
+        """Small batches: these trainings are short, and a step taken early is worth more than its gradient's precision."""
+        return Schedule(self.teacher_tokens, batch=4, seed=self.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
+
+    def student_schedule(self) -> Schedule:
+        """Most of the rate is kept for the second phase to lower."""
+        return Schedule(self.student_tokens, batch=4, seed=self.seed, cooldown=0.2)
+
+    def knn_schedule(self) -> Schedule:
+        """The second phase of the decoder, and of the control trained on the labels alone."""
+        return Schedule(self.knn_tokens, batch=8, seed=self.seed + 1, cooldown=0.9)
 
 
-def build(domain: str, corpus: Corpus, base: Path, out: Path, work: Path, options: BuildOptions, shape: Shape = DECODER) -> Package:
-    """Make a memory decoder for `domain` beside `base`; the package goes to `out`, everything else stays in `work`."""
-    if not DOMAIN.fullmatch(domain):
-        raise OptionError(f"NAME {domain!r}: wanted {DOMAIN_RULE}")
-    if not base.is_dir():
-        raise OptionError(f"--base {base}: no such folder")
-    check_weights(base)
-    tokenizer = load_tokenizer(base)
-    made = {name: version(name) for name in ("torch", "transformers", "faiss-cpu")}
-    # Small batches: these trainings are short, and a step taken early is worth more than its gradient's precision.
-    teacher = Schedule(options.teacher_tokens, batch=4, seed=options.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
-    first = Schedule(options.text_tokens, batch=4, seed=options.seed, cooldown=0.2)
-    second = Schedule(options.knn_tokens, batch=8, seed=options.seed + 1, cooldown=0.9)
+@dataclass(frozen=True)
+class Build:
+    """One domain's decoder: what it is made from, and where its artifacts are."""
 
-    print(f"corpus {corpus.name}: reading", flush=True)
-    text = corpus.fingerprint()
-    inputs: dict[str, Any] = {"corpus": text, "token_map": token_map_hash(tokenizer)}
-    tokens = write_tokens(work / "tokens", corpus, tokenizer, inputs)
-    inputs |= {"base": fingerprint_model(base), "teacher": teacher.to_dict(), "entries": options.entries, "versions": made}
-    store = write_datastore(work / "datastore", tokens, base, teacher, options.entries, inputs)
-    inputs = {"datastore": fingerprint(inputs), "neighbours": options.neighbours}
-    targets = write_targets(work / "knn_targets", store, tokens, options.neighbours, inputs)
-    inputs = {
-        "targets": fingerprint(inputs),
-        "first": first.to_dict(),
-        "second": second.to_dict(),
-        "beta": options.beta,
-        "shape": asdict(shape),
-    }
-    decoder = write_decoder(work / "decoder", tokens, targets, base, shape, first, second, options.beta, inputs)
+    domain: str
+    corpus: Corpus
+    base: Path
+    """The base it is built for; its tokenizer is the decoder's."""
+    out: Path
+    """Where the package goes."""
+    work: Path
+    """Where everything else stays."""
+    options: BuildOptions = BuildOptions()
+    teacher: Path | None = None
+    """The model that is tuned to embed the datastore; the base if not given."""
+    beside: tuple[Path, ...] = ()
+    """Further bases that lambda is tuned beside."""
+    shape: Shape = DECODER
 
-    inputs = {"decoder": fingerprint(inputs), "domain": domain, "base": fingerprint_model(base), "licence": options.licence}
-    if is_fresh(out, inputs):
-        print(f"{out.name}: fresh, kept", flush=True)
-        return Package.open(out, base)
-    figures = measure(load_model(base), load_model(decoder), load_tokens(tokens, "valid"), load_tokens(tokens, "test"))
-    provenance = {
-        "corpus": {"name": corpus.name, "fingerprint": text, "licence": options.licence},
-        "options": {name: value for name, value in asdict(options).items() if name != "licence"},
-        "seconds": {d.name: read_manifest(d)["seconds"] for d in (tokens, store, targets, decoder)},
-        "versions": made,
-    }
-    write_package(out, decoder, base, domain, figures, provenance, inputs)
-    print(table([{"domain": domain, **figures}]))
-    return Package.open(out, base)
+    def check(self) -> None:
+        """Raise OptionError or PackageError, one line, before anything is made."""
+        if not DOMAIN.fullmatch(self.domain):
+            raise OptionError(f"NAME {self.domain!r}: wanted {DOMAIN_RULE}")
+        tokenizer = None
+        models = {"--base": [self.base], "--teacher": [self.teacher] if self.teacher else [], "--beside": [*self.beside]}
+        for flag, model in ((flag, model) for flag, found in models.items() for model in found):
+            if not model.is_dir():
+                raise OptionError(f"{flag} {model}: no such folder")
+            check_weights(model)
+            theirs = load_tokenizer(model)
+            tokenizer = tokenizer or theirs
+            require_same_token_map(tokenizer, theirs, f"{flag} {model}")
+
+    def run(self, until: str = "package") -> Path:
+        """Make every artifact up to `until` that isn't fresh; returns the last one's folder."""
+        self.check()
+        path = self.work
+        for name, path in self.stages():  # noqa: B007
+            if name == until:
+                break
+        return path
+
+    def stages(self) -> Iterator[tuple[str, Path]]:
+        """Make one artifact after the other; yields (stage, folder)."""
+        work, options, made = self.work, self.options, versions()
+        tokenizer = load_tokenizer(self.base)
+        if parallel.rank() == 0:
+            print(f"corpus {self.corpus.name}: reading", flush=True)
+        text = self.corpus.fingerprint()
+        inputs: Manifest = {"corpus": text}
+        cleaned = write_near_duplicates(work / "near_duplicates", self.corpus, inputs)
+        yield "near-duplicates", cleaned
+
+        inputs = {"cleaned": fingerprint(inputs), "token_map": token_map_hash(tokenizer)}
+        tokens = write_tokens(work / "tokens", Cleaned.open(self.corpus, cleaned), tokenizer, inputs)
+        yield "tokens", tokens
+
+        tokenized, source = fingerprint(inputs), self.teacher or self.base
+        tuning = options.teacher_schedule()
+        inputs = {"tokens": tokenized, "base": fingerprint_model(source), "schedule": tuning.to_dict(), "versions": made}
+        teacher = write_tuned(work / "teacher", tokens, source, tuning, inputs)
+        yield "teacher", teacher
+
+        inputs = {"teacher": fingerprint(inputs), "entries": options.entries}
+        store = write_datastore(work / "datastore", tokens, teacher, options.entries, inputs)
+        yield "datastore", store
+
+        inputs = {"datastore": fingerprint(inputs), "neighbours": options.neighbours, "kind": options.targets}
+        targets = write_targets(work / "knn_targets", store, teacher, tokens, options.neighbours, options.targets, inputs)
+        yield "knn-targets", targets
+
+        imitated, first = fingerprint(inputs), options.student_schedule()
+        inputs = {"tokens": tokenized, "shape": asdict(self.shape), "schedule": first.to_dict(), "versions": made}
+        student = write_student(work / "student", tokens, self.base, self.shape, first, inputs)
+        yield "student", student
+
+        second = options.knn_schedule()
+        inputs = {"targets": imitated, "student": fingerprint(inputs), "schedule": second.to_dict(), "beta": options.beta}
+        decoder = write_decoder(work / "decoder", tokens, targets, student, second, options.beta, inputs)
+        yield "decoder", decoder
+
+        bases = [fingerprint_model(b) for b in (self.base, *self.beside)]
+        inputs = {"decoder": fingerprint(inputs), "domain": self.domain, "bases": bases, "licence": options.licence}
+        yield "package", self._package(decoder, tokens, text, inputs)
+
+    def control(self, tokens: Path) -> Path:
+        """The sceptic's control: the decoder's twin, from the same student, for the same steps, on the labels alone."""
+        inputs = {**read_manifest(self.work / "decoder")["inputs"], "beta": 0.0}
+        return write_decoder(
+            self.work / "control", tokens, self.work / "knn_targets", self.work / "student", self.options.knn_schedule(), 0.0, inputs
+        )
+
+    def _package(self, decoder: Path, tokens: Path, text: str, inputs: Manifest) -> Path:
+        if is_fresh(self.out, inputs):
+            if parallel.rank() == 0:
+                print(f"{self.out.name}: fresh, kept", flush=True)
+            return self.out
+        bases, memory = {}, load_model(decoder)
+        for base in (self.base, *self.beside):
+            figures = measure(load_model(base), memory, load_tokens(tokens, "valid"), load_tokens(tokens, "test"))
+            bases[fingerprint_model(base)] = {"name": base.resolve().name, **figures}
+            if parallel.rank() == 0:
+                print(table([{"domain": self.domain, "beside": base.resolve().name, **figures}]))
+        made = ("near_duplicates", "tokens", "teacher", "datastore", "knn_targets", "student", "decoder")
+        tuned = json.loads((self.work / "knn_targets" / "tuned.json").read_text())
+        training = {
+            "corpus": {"name": self.corpus.name, "fingerprint": text, "licence": self.options.licence},
+            "options": {name: value for name, value in asdict(self.options).items() if name != "licence"},
+            "tuned": {"k": tuned["neighbours"], "tau": tuned["tau"]},
+            "seconds": {name: read_manifest(self.work / name)["seconds"] for name in made},
+            "versions": versions(),
+        }
+        return write_package(self.out, decoder, self.domain, bases, training, inputs)
+
+
+STAGES = ("near-duplicates", "tokens", "teacher", "datastore", "knn-targets", "student", "decoder", "package")
+
+
+def versions() -> dict[str, Any]:
+    """What the artifacts depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "faiss-cpu")}

@@ -1,108 +1,155 @@
-"""Stage 3: the kNN-LM datastore: a teacher tuned on the domain, one (key, value) a training token, and an index.
+"""Stage 4: the kNN-LM datastore: one (key, value) a training token, embedded by a teacher tuned on the domain, and an index.
 
 Key i is the teacher's final normed hidden state at position i, value i the token at position i + 1 (arXiv 2508.09874, eq. 1).
-The teacher is the base tuned on the domain first: targets from a teacher worse than its student hurt.
+The teacher is a base tuned on the domain first: targets from a teacher worse than its student hurt.
+
+Index by size: below SMALL entries none but the keys themselves, searched exhaustively; above, `IVF<cells>,PQ<width/8>x4fs` with
+about sqrt(entries) cells, whose candidates are ranked again by their exact distances to the float16 keys: product-quantised distances
+alone are known to spoil kNN-LM. An open datastore has the keys in memory: 2 * width bytes an entry, plus width / 16 + 8 for the index.
 """
 
 import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from decoders.arrays import create_array
-from decoders.manifest import Manifest, stage
+from decoders import parallel
+from decoders.arrays import fill_array
+from decoders.manifest import Bookmark, Manifest, stage
 from decoders.models import load_model
 from decoders.tokenizer import first_line
-from decoders.tokens import load_tokens
-from decoders.train import Ids, Schedule, keep_freed_memory, train
+from decoders.tokens import Ids, load_tokens
+from decoders.train import fast_precision, keep_freed_memory, progress
 
 WINDOW, FRESH = 512, 384  # tokens a window, and how many of its last keys are kept: no key has seen fewer than 128 tokens
 BATCH = 8  # windows embedded at a time
+SMALL = 50_000
+PROBED = 16  # index cells a query visits
+REFINED = 4  # candidates ranked again, as a multiple of k
+CHUNK = 100_000  # keys in memory as float32 at a time
+
+Floats = NDArray[np.float32]
+Keys = NDArray[np.float16]
 
 
 @dataclass(frozen=True)
 class Datastore:
-    """An open datastore. keys [entries, hidden] float16 and values [entries] stay on disk until read."""
+    """An open datastore: keys [entries, width] float16, values [entries], and an index over the keys."""
 
-    keys: NDArray[np.float16]
+    keys: Keys
     values: Ids
     index: faiss.Index
-    teacher: Path
 
     @classmethod
     def open(cls, folder: Path) -> "Datastore":
-        """Memory-map the arrays and load the index."""
-        index = faiss.read_index(str(folder / "index.faiss"))
-        return cls(np.load(folder / "keys.npy", mmap_mode="r"), np.load(folder / "values.npy", mmap_mode="r"), index, folder / "teacher")
+        """Memory-map the arrays, load the index and give it the keys to rank by."""
+        keys = np.load(folder / "keys.npy", mmap_mode="r")
+        index = faiss.read_index(str(folder / "index.faiss")) if (folder / "index.faiss").is_file() else None
+        return cls(keys, np.load(folder / "values.npy", mmap_mode="r"), with_exact_distances(index, keys))
+
+    def search(self, queries: Floats, neighbours: int, probed: int = PROBED) -> tuple[Floats, NDArray[np.int64]]:
+        """Exact squared distances and entry numbers of the nearest entries, both [queries, neighbours], nearest first."""
+        parameters: dict[str, Any] = {}
+        if isinstance(self.index, faiss.IndexRefine):
+            library: Any = faiss  # its stubs lack the parameters' keywords
+            inner = library.SearchParametersIVF(nprobe=probed)
+            parameters["params"] = library.IndexRefineSearchParameters(k_factor=REFINED, base_index_params=inner)
+        distances, found = self.index.search(queries, neighbours, **parameters)
+        return distances, found
 
 
-def write_datastore(out: Path, tokens: Path, base: Path, tuning: Schedule, entries: int, manifest: Manifest) -> Path:
-    """Tune a copy of the base on the domain, embed the first `entries` training tokens with it, index the keys."""
+def write_datastore(out: Path, tokens: Path, teacher: Path, entries: int, manifest: Manifest) -> Path:
+    """Embed the first `entries` training tokens with the teacher, and index the keys."""
     with stage(out, manifest) as folder:
         if folder is None:
             return out
         ids = load_tokens(tokens, "train")
-        teacher = load_model(base)
-        train(teacher, ids, tuning, "teacher", log=folder / "training.jsonl")
-        teacher.save_pretrained(folder / "teacher")
         count = min(entries, len(ids) - 1)
-        keys = create_array(folder / "keys.npy", np.float16, (count, teacher.config.hidden_size))
-        for start, part in embed(teacher, ids[:count], "datastore"):
+        model = load_model(teacher)
+        if parallel.rank() == 0:
+            fill_array(folder / "keys.npy", np.float16, (count, model.config.hidden_size))
+            np.save(folder / "values.npy", ids[1 : count + 1])
+        parallel.barrier()
+        keys = fill_array(folder / "keys.npy", np.float16, (count, model.config.hidden_size))
+        mark = Bookmark(folder, "keys")
+        begin, end = parallel.share(windows(count), BATCH)
+        for done, start, part in embed(model, ids[:count], "datastore", mark.place.get("windows", begin), end):
             keys[start : start + len(part)] = part.numpy().astype(np.float16)
+            if mark.due:
+                keys.flush()
+                mark.move(windows=done)
         keys.flush()
-        np.save(folder / "values.npy", ids[1 : count + 1])
-        write_index(build_index(keys), folder / "index.faiss")
+        mark.move(windows=end)
+        parallel.barrier()
+        if parallel.rank() == 0 and count >= SMALL:
+            write_index(build_index(keys), folder / "index.faiss")
     return out
 
 
-def embed(model: PreTrainedModel, ids: Ids, what: str) -> Iterator[tuple[int, Tensor]]:
-    """Yield (position, keys [n, hidden] float32) covering every position of `ids` [tokens] once, in order."""
+def windows(length: int) -> int:
+    """How many windows cover `length` tokens: window w begins at w * FRESH; all but the first give only the keys of their last FRESH."""
+    return max(1, -(-(length - (WINDOW - FRESH)) // FRESH))
+
+
+def embed(model: PreTrainedModel, ids: Ids, what: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """Embed windows [begin, end) of `ids` [tokens], BATCH at a time; yields (windows done, position, keys [n, width] float32).
+
+    All windows together cover every position once, in order. A run that begins at a multiple of BATCH computes the very batches,
+    and so the very roundings, that the whole run would.
+    """
     keep_freed_memory()
-    starts = list(range(0, max(1, len(ids) - (WINDOW - FRESH)), FRESH))
-    with torch.inference_mode(), tqdm(total=len(ids), desc=what, unit=" tokens", unit_scale=True, mininterval=5) as bar:
-        for group in range(0, len(starts), BATCH):
-            for start, hidden in zip(starts[group : group + BATCH], _hidden(model, ids, starts[group : group + BATCH]), strict=True):
-                seen = 0 if start == 0 else WINDOW - FRESH
-                part = hidden[seen : len(ids) - start]
-                yield start + seen, part
-                bar.update(len(part))
+    overlap = WINDOW - FRESH
+    end = windows(len(ids)) if end is None else end
+    with torch.inference_mode(), progress(what, end * FRESH, " tokens", begin * FRESH) as bar:
+        for first in range(begin, end, BATCH):
+            last = min(first + BATCH, end)
+            hidden = _hidden(model, ids, [w * FRESH for w in range(first, last)])
+            parts = [h[overlap if w else 0 : len(ids) - w * FRESH] for w, h in zip(range(first, last), hidden, strict=True)]
+            yield last, first * FRESH + (overlap if first else 0), torch.cat(parts)
+            bar.update((last - first) * FRESH)
 
 
 def _hidden(model: PreTrainedModel, ids: Ids, starts: list[int]) -> Tensor:
-    """Final normed hidden states of the windows at `starts`, [windows, WINDOW, hidden]; short windows are padded at the end."""
+    """Final normed hidden states of the windows at `starts`, [windows, WINDOW, width]; short windows are padded at the end."""
     batch = np.zeros((len(starts), WINDOW), np.int64)
     for row, start in enumerate(starts):
         window = ids[start : start + WINDOW]
         batch[row, : len(window)] = window
-    hidden: Tensor = model.base_model(input_ids=torch.from_numpy(batch), use_cache=False).last_hidden_state
-    return hidden.float()
+    device = next(model.parameters()).device
+    precision = fast_precision(device)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        hidden: Tensor = model.base_model(input_ids=torch.from_numpy(batch).to(device), use_cache=False).last_hidden_state
+    return hidden.float().cpu()
 
 
-def build_index(keys: NDArray[np.float16]) -> faiss.Index:
-    """An index over keys [entries, hidden] that re-ranks its candidates with the exact float16 keys.
-
-    Product-quantised distances alone are known to spoil kNN-LM. Small stores are searched exhaustively.
-    """
+def build_index(keys: Keys) -> faiss.Index:
+    """The approximate part of an index over keys [entries, width]; see the top of this file."""
     count, width = keys.shape
-    index: faiss.Index
-    if count < 50_000:
-        index = faiss.IndexFlatL2(width)
-    else:
-        cells = 1 << int(np.log2(np.sqrt(count)))
-        index = faiss.index_factory(width, f"IVF{cells},PQ{width // 8}x4fs,Refine(SQfp16)")
-        sample = np.random.default_rng(0).choice(count, min(count, 64 * cells), replace=False)
-        index.train(np.asarray(keys[np.sort(sample)], np.float32))
-    for start in range(0, count, 100_000):
-        index.add(np.asarray(keys[start : start + 100_000], np.float32))
+    cells = 1 << int(np.log2(np.sqrt(count)))
+    index: faiss.Index = faiss.index_factory(width, f"IVF{cells},PQ{width // 8}x4fs")
+    sample = np.random.default_rng(0).choice(count, min(count, 64 * cells), replace=False)
+    index.train(np.asarray(keys[np.sort(sample)], np.float32))
+    for start in range(0, count, CHUNK):
+        index.add(np.asarray(keys[start : start + CHUNK], np.float32))
     return index
+
+
+def with_exact_distances(index: faiss.Index | None, keys: Keys) -> faiss.Index:
+    """An index that ranks `index`'s candidates, or all entries if there is none, by their distances to the float16 keys."""
+    exact = faiss.IndexScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16)
+    for start in range(0, len(keys), CHUNK):
+        exact.add(np.asarray(keys[start : start + CHUNK], np.float32))
+    if index is None:
+        return exact
+    return faiss.IndexRefine(index, exact)  # which keeps both alive
 
 
 def write_index(index: faiss.Index, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stage 5: the memory decoder: first plain language modelling on the domain, then imitation of the kNN distributions."""
+"""Stage 7: the memory decoder: the student, trained on to imitate the kNN distributions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from decoders import parallel
 from decoders.loss import soft_targets
 from decoders.manifest import Manifest, stage
-from decoders.pretrain import Shape, new_model
+from decoders.models import load_model, save_model
 from decoders.tokenizer import load_tokenizer
 from decoders.tokens import load_tokens
 from decoders.train import Schedule, train
@@ -26,7 +27,7 @@ class KnnTargets:
 
     @classmethod
     def open(cls, folder: Path, beta: float) -> "KnnTargets":
-        """Memory-map a stage-4 artifact."""
+        """Memory-map a stage-5 artifact."""
         return cls(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "probs.npy", mmap_mode="r"), beta)
 
     def __call__(self, starts: NDArray[np.int64], labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,27 +39,16 @@ class KnnTargets:
         return soft_targets(labels.reshape(-1).cpu(), torch.from_numpy(ids), torch.from_numpy(probs), self.beta)
 
 
-def write_decoder(
-    out: Path,
-    tokens: Path,
-    targets: Path,
-    tokenizer: Path,
-    shape: Shape,
-    first: Schedule,
-    second: Schedule,
-    beta: float,
-    manifest: Manifest,
-) -> Path:
-    """Train a decoder of `shape` from scratch: `first` on the labels alone, `second` on beta * kNN + (1 - beta) * labels."""
+def write_decoder(out: Path, tokens: Path, targets: Path, student: Path, schedule: Schedule, beta: float, manifest: Manifest) -> Path:
+    """Train the student on beta * kNN + (1 - beta) * labels (arXiv 2508.09874, eq. 6).
+
+    With beta = 0 the targets are the labels alone: the sceptic's control, equal in start, data, order and steps.
+    """
     with stage(out, manifest) as folder:
-        if folder is None:
-            return out
-        ids = load_tokens(tokens, "train")
-        vocabulary = load_tokenizer(tokenizer)
-        model = new_model(shape, vocabulary, first.seed)
-        train(model, ids, first, "decoder on text", log=folder / "text.jsonl")
-        knn = KnnTargets.open(targets, beta)
-        train(model, ids[: len(knn.ids)], second, "decoder on kNN", targets=knn, log=folder / "knn.jsonl")
-        model.to(torch.bfloat16).save_pretrained(folder)
-        vocabulary.save_pretrained(folder)
+        if folder is not None:
+            knn = KnnTargets.open(targets, beta)
+            model = load_model(student)
+            train(model, load_tokens(tokens, "train")[: len(knn.ids)], schedule, out.name, targets=knn, folder=folder)
+            if parallel.rank() == 0:
+                save_model(model, folder, load_tokenizer(student), torch.bfloat16)
     return out

@@ -4,41 +4,35 @@ Windows of WINDOW tokens, half overlapping; only each window's second half is sc
 WINDOW / 2 tokens and is scored once.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from decoders.train import Ids, keep_freed_memory
+from decoders.tokens import Ids
+from decoders.train import keep_freed_memory, progress
 
 WINDOW = 512
+SCORED = WINDOW // 2  # tokens a window, its last ones
 BATCH = 8
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(21))
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities in nats of the same scored tokens under base and memory, each [tokens]."""
+def mix(base: Floats, memory: Floats, lam: float) -> Floats:
+    """Log-probabilities under lam * p_mem + (1 - lam) * p_base (paper, eq. 7), [tokens]."""
+    if lam in (0.0, 1.0):
+        return memory if lam else base
+    mixed: Floats = np.logaddexp(base + np.log1p(-lam), memory + np.log(lam))
+    return mixed
 
-    base: Floats
-    memory: Floats
 
-    def mixture(self, lam: float) -> Floats:
-        """Log-probabilities under lam * p_mem + (1 - lam) * p_base (paper, eq. 7), [tokens]."""
-        if lam in (0.0, 1.0):
-            return self.memory if lam else self.base
-        mixed: Floats = np.logaddexp(self.base + np.log1p(-lam), self.memory + np.log(lam))
-        return mixed
-
-    def best_lambda(self) -> float:
-        """The lambda of LAMBDAS with the lowest perplexity."""
-        return min(LAMBDAS, key=lambda lam: perplexity(self.mixture(lam)))
+def best_lambda(base: Floats, memory: Floats) -> float:
+    """The lambda of LAMBDAS with the lowest perplexity on tokens [n] scored under both."""
+    return min(LAMBDAS, key=lambda lam: perplexity(mix(base, memory, lam)))
 
 
 def perplexity(logprobs: Floats) -> float:
@@ -46,32 +40,49 @@ def perplexity(logprobs: Floats) -> float:
     return float(np.exp(-logprobs.mean()))
 
 
-def windows(length: int, window: int = WINDOW) -> Iterator[int]:
-    """Start positions of the windows that are scored in `length` tokens."""
-    yield from range(0, length - window, window // 2)
+def windows(length: int, most: int | None = None) -> list[int]:
+    """Start positions of the windows that are scored in `length` tokens; of at most `most` of them, spread evenly."""
+    starts = list(range(0, length - WINDOW, SCORED))
+    if most is None or most >= len(starts):
+        return starts
+    return [starts[i] for i in np.linspace(0, len(starts) - 1, most).round().astype(int)]
 
 
-def score(base: PreTrainedModel, memory: PreTrainedModel, ids: Ids, what: str) -> Scores:
-    """Score `ids` [tokens] under both models."""
-    return Scores(label_logprobs(base, ids, f"{what} base"), label_logprobs(memory, ids, f"{what} memory"))
+def scored(starts: Sequence[int]) -> NDArray[np.int64]:
+    """Positions of the tokens that are scored in the windows at `starts`, [windows * SCORED]."""
+    first = np.asarray(starts, np.int64)[:, None] + WINDOW - SCORED + 1
+    return (first + np.arange(SCORED)).reshape(-1)
+
+
+def label_logprobs(model: PreTrainedModel, ids: Ids, what: str, starts: Sequence[int] | None = None) -> Floats:
+    """Log p(token) for the second half of the windows at `starts`, or of every window of `ids` [tokens], in order."""
+    return score(model, ids, what, starts)[0]
 
 
 @torch.inference_mode()
-def label_logprobs(model: PreTrainedModel, ids: Ids, what: str) -> Floats:
-    """Log p(token) for the second half of every window of `ids` [tokens], in order."""
+def score(
+    model: PreTrainedModel, ids: Ids, what: str, starts: Sequence[int] | None = None, keys: bool = False
+) -> tuple[Floats, NDArray[np.float32]]:
+    """Log p(token) of the scored tokens, [n]; with `keys` also the final hidden states that predict them, [n, width], else [0, 0]."""
     keep_freed_memory()
     device = next(model.parameters()).device
-    starts, parts, half = list(windows(len(ids))), [], WINDOW // 2
-    for group in tqdm(range(0, len(starts), BATCH), desc=what, unit=" batches", mininterval=5):
-        rows = np.stack([ids[s : s + WINDOW + 1] for s in starts[group : group + BATCH]]).astype(np.int64)
-        tokens = torch.from_numpy(rows).to(device)
-        # Only the scored half is projected: it is most of the cost at small widths.
-        logits = model(input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=half).logits.float()
-        parts.append(logits.log_softmax(-1).gather(-1, tokens[:, -half:, None]).flatten().double().cpu().numpy())
-    return np.concatenate(parts)
+    starts = windows(len(ids)) if starts is None else starts
+    parts, states = [], []
+    with progress(what, len(starts) * SCORED, " tokens") as bar:
+        for group in range(0, len(starts), BATCH):
+            rows = np.stack([ids[s : s + WINDOW + 1] for s in starts[group : group + BATCH]]).astype(np.int64)
+            tokens = torch.from_numpy(rows).to(device)
+            # Only the scored half is projected: it is most of the cost at small widths.
+            out = model(input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=SCORED, output_hidden_states=keys)
+            logits = out.logits.float()
+            parts.append(logits.log_softmax(-1).gather(-1, tokens[:, -SCORED:, None]).flatten().double().cpu().numpy())
+            if keys:
+                states.append(out.hidden_states[-1][:, -SCORED:].reshape(-1, out.hidden_states[-1].shape[-1]).float().cpu().numpy())
+            bar.update(len(rows) * SCORED)
+    return np.concatenate(parts), np.concatenate(states) if keys else np.zeros((0, 0), np.float32)
 
 
-def table(rows: list[dict[str, str | float]]) -> str:
+def table(rows: Sequence[dict[str, str | float]]) -> str:
     """A markdown table of dicts that share their keys."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -81,13 +92,13 @@ def table(rows: list[dict[str, str | float]]) -> str:
 
 def measure(base: PreTrainedModel, memory: PreTrainedModel, valid: Ids, test: Ids) -> dict[str, float | int]:
     """Tune lambda on valid, measure on test: the figures a package records."""
-    lam = score(base, memory, valid, "valid").best_lambda()
-    scores = score(base, memory, test, "test")
+    lam = best_lambda(label_logprobs(base, valid, "valid base"), label_logprobs(memory, valid, "valid memory"))
+    ours, theirs = label_logprobs(base, test, "test base"), label_logprobs(memory, test, "test memory")
     return {
         "lambda": lam,
-        "base": round(perplexity(scores.base), 3),
-        "memory": round(perplexity(scores.memory), 3),
-        "mixture": round(perplexity(scores.mixture(lam)), 3),
-        "tokens": len(scores.base),
+        "base": round(perplexity(ours), 3),
+        "memory": round(perplexity(theirs), 3),
+        "mixture": round(perplexity(mix(ours, theirs, lam)), 3),
+        "tokens": len(ours),
         "window": WINDOW,
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1024  # rows of logits alive at a time
+CHUNK = 512  # rows of logits alive at a time
 
 
 def soft_targets(labels: Tensor, knn_ids: Tensor, knn_probs: Tensor, beta: float) -> tuple[Tensor, Tensor]:

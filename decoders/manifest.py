@@ -1,6 +1,11 @@
-"""Birth certificates: every artifact says what made it, and appears whole or not at all."""
+"""Birth certificates: every artifact says what made it, and appears whole or not at all.
+
+A stage works in a hidden folder beside its artifact, `.NAME.partial`. What a killed run left there is gone on with if it was
+made from the same inputs, and thrown away if not; a finished folder is renamed into place.
+"""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -11,9 +16,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from decoders import parallel
 from decoders.errors import ManifestError
 
 NAME = "manifest.json"
+INPUTS = "inputs.json"  # what a partial folder is being made from
+BOOKMARK = ".bookmark"  # suffix of the files that say how far a part has come
 Manifest = dict[str, Any]  # the inputs of one artifact: hashes, options, versions; anything JSON can hold
 
 
@@ -38,28 +46,118 @@ def hash_files(folder: Path, pattern: str) -> str:
 def stage(out: Path, manifest: Manifest) -> Iterator[Path | None]:
     """Make the artifact folder `out` whole or not at all.
 
-    Yields None when `out` already holds an artifact made from the same inputs; otherwise a temporary folder beside it, which
-    is renamed to `out` when the block ends without an error and removed when it doesn't. Raises ManifestError on a full disk.
+    Yields None when `out` already holds an artifact made from the same inputs; otherwise the partial folder, with what a
+    killed run from the same inputs left in it. Raises ManifestError on a full disk, or while another process makes `out`.
     """
     if is_fresh(out, manifest):
-        print(f"{out.name}: fresh, kept", flush=True)
+        if parallel.rank() == 0:
+            print(f"{out.name}: fresh, kept", flush=True)
         yield None
         return
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.partial")
     started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        if parallel.rank() == 0:
+            stack.enter_context(_owned(partial, out))
+        try:
+            if parallel.rank() == 0:
+                _prepare(partial, manifest)
+            parallel.barrier()
+            yield partial
+            parallel.barrier()
+            if parallel.rank() == 0:
+                _finish(partial, out, {"inputs": manifest, "seconds": round(time.monotonic() - started, 1)})
+            parallel.barrier()
+        except (OSError, SafetensorError) as error:
+            kept = _keep_or_remove(partial)
+            where, why = getattr(error, "filename", None) or out, getattr(error, "strerror", None) or error
+            raise ManifestError(f"{where}: {why}; {kept}") from error
+        except Exception:
+            _keep_or_remove(partial)
+            raise
+
+
+@contextlib.contextmanager
+def _owned(partial: Path, out: Path) -> Iterator[None]:
+    """Hold the partial folder's lock. It dies with the process, so a killed run never blocks the next."""
+    lock = out.with_name(f".{out.name}.lock")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        record = {"inputs": manifest, "seconds": round(time.monotonic() - started, 1)}
-        (temporary / NAME).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.replace(out)
-    except (OSError, SafetensorError) as error:
-        where, why = getattr(error, "filename", None) or out, getattr(error, "strerror", None) or error
-        raise ManifestError(f"{where}: {why}; nothing was kept of this stage") from error
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        stream = lock.open("w")
+    except OSError as error:
+        raise ManifestError(f"{error.filename or lock}: {error.strerror}; nothing was made") from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ManifestError(f"{out}: another process is making it; wait for it, or give another --work or --out") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _prepare(partial: Path, manifest: Manifest) -> None:
+    """Make the partial folder, or keep one that was begun from the same inputs."""
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((partial / INPUTS).read_text()) == json.loads(json.dumps(manifest)):
+            print(f"{partial.name[1:].removesuffix('.partial')}: going on where an earlier run stopped", flush=True)
+            return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_whole(partial / INPUTS, json.dumps(manifest))
+
+
+def _finish(partial: Path, out: Path, record: Manifest) -> None:
+    """Turn the partial folder into the artifact."""
+    for leftover in [partial / INPUTS, *partial.rglob(f"*{BOOKMARK}")]:
+        leftover.unlink(missing_ok=True)
+    (partial / NAME).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
+
+
+def _keep_or_remove(partial: Path) -> str:
+    """After an error: keep the partial folder if something in it can be gone on with. Returns what to tell the user."""
+    if any(partial.rglob(f"*{BOOKMARK}")):
+        return "what was done is kept: run the same command again to go on"
+    if parallel.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    return "nothing was kept of this stage"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file's text at once: a reader, or the next run, sees the old or the new one."""
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
+class Bookmark:
+    """How far one part of a stage has come, in whatever it counts; survives SIGKILL.
+
+    The caller flushes its data before it moves the bookmark. Nothing is written more often than every `SECONDS`.
+    """
+
+    SECONDS = 60.0
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / f"{name}-{parallel.rank()}-of-{parallel.world()}{BOOKMARK}"
+        self.written = time.monotonic()
+        self.place: dict[str, int] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to flush and move."""
+        return time.monotonic() - self.written >= self.SECONDS
+
+    def move(self, **place: int) -> None:
+        """Record the place."""
+        write_whole(self.path, json.dumps(place))
+        self.place, self.written = place, time.monotonic()
 
 
 def is_fresh(out: Path, manifest: Manifest) -> bool:

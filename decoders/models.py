@@ -1,9 +1,9 @@
-"""Loading Hugging Face causal language models for training and evaluation, with one-line errors."""
+"""Loading and saving Hugging Face causal language models, with one-line errors."""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from decoders.errors import PackageError
 from decoders.tokenizer import first_line
@@ -16,3 +16,11 @@ def load_model(folder: Path | str) -> PreTrainedModel:
     except Exception as error:  # transformers raises many kinds here
         raise PackageError(f"{folder}: can't be loaded as a causal language model ({first_line(error)})") from None
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+    """Write a model and its tokenizer as a Hugging Face folder that everybody may read."""
+    model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
+    tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors creates its files for the owner alone
+        file.chmod(0o644)

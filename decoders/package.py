@@ -1,4 +1,4 @@
-"""Stage 6: a decoder package: an ordinary Hugging Face folder plus `memory_decoder.json`; writing, reading and checking it.
+"""Stage 8: a decoder package: an ordinary Hugging Face folder plus `memory_decoder.json`; writing, reading and checking it.
 
 This module is what the server needs of training: it imports neither torch models nor faiss.
 """
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decoders import parallel
 from decoders.errors import PackageError
 from decoders.manifest import Manifest, stage
 from decoders.tokenizer import load_tokenizer, token_map_hash
 
 NAME = "memory_decoder.json"
+CARD = "README.md"
 DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a domain's name: safe in a header, a model alias and a metric label
 DOMAIN_RULE = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
 FORMAT = 1
@@ -170,12 +172,13 @@ def share(folder: Path) -> None:
         file.chmod(0o644)
 
 
-def write_package(
-    out: Path, decoder: Path, base: Path, domain: str, figures: dict[str, Any], provenance: dict[str, Any], manifest: Manifest
-) -> Path:
-    """Copy a trained decoder into a package for `domain`, with the figures measured beside `base`."""
+def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], training: dict[str, Any], manifest: Manifest) -> Path:
+    """Copy a trained decoder into a package for `domain`.
+
+    `bases`: fingerprint of a base -> the figures measured beside it, lambda among them; the first is the one it was built for.
+    """
     with stage(out, manifest) as folder:
-        if folder is None:
+        if folder is None or parallel.rank() != 0:
             return out
         for pattern in MODEL_FILES:
             for file in decoder.glob(pattern):
@@ -183,11 +186,39 @@ def write_package(
         record = {
             "format": FORMAT,
             "domain": domain,
-            "lambda": figures["lambda"],
+            "lambda": next(iter(bases.values()))["lambda"],
             "token_map": token_map_hash(load_tokenizer(decoder)),
-            "bases": {fingerprint_model(base): {"name": base.name, **figures}},
-            "training": provenance,
+            "bases": bases,
+            "training": training,
         }
         (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
+        (folder / CARD).write_text(model_card(record))
         share(folder)
     return out
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """README.md of a package: what it is, how to serve it, what was measured, what it was made from."""
+    domain, training = record["domain"], record["training"]
+    corpus = training["corpus"]
+    first = next(iter(record["bases"].values()))["name"]
+    rows = [
+        f"| {b['name']} | {b['lambda']} | {b['base']} | {b['memory']} | **{b['mixture']}** | {b['tokens']:,} |"
+        for b in record["bases"].values()
+    ]
+    made = [f"| {name} | {value} |" for name, value in {**training["options"], **training.get("tuned", {})}.items()]
+    return "\n".join(
+        [
+            "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [memory-decoder]", f"license_name: {corpus['licence']!r}", "---", "",
+            f"# {domain}: a memory decoder", "",
+            "A small language model trained to imitate a kNN-LM retriever over one corpus ([arXiv 2508.09874](https://arxiv.org/abs/2508.09874)).",
+            f"It is meant to run beside a base model with the same tokenizer (token map `{record['token_map']}`): p = λ·p_memory + (1 − λ)·p_base.", "",
+            "```sh", f"memdec serve {first} --decoder {domain}=.", "```", "",
+            "## Measured", "",
+            "Perplexity on the corpus's test split; windows of 512 tokens, half overlapping, the second half scored; λ tuned on the validation split.", "",
+            "| base | λ | base alone | memory alone | mixture | scored tokens |", "|---|---|---|---|---|---|", *rows, "",
+            "## Made from", "",
+            f"Corpus `{corpus['name']}` (fingerprint `{corpus['fingerprint']}`), licence of its text: {corpus['licence']}.", "",
+            "| option | value |", "|---|---|", *made, "",
+        ]
+    )  # fmt: skip

@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from decoders import parallel
 from decoders.corpus import Corpus
+from decoders.errors import PackageError
 from decoders.manifest import Manifest, fingerprint, stage
-from decoders.package import share
+from decoders.models import load_model, save_model
+from decoders.near_duplicates import Cleaned
+from decoders.package import fingerprint_model
 from decoders.tokenizer import load_tokenizer, token_map_hash, train_tokenizer
 from decoders.tokens import load_tokens, write_tokens
 from decoders.train import Schedule, train
@@ -74,16 +78,59 @@ def pretrain(
             train_tokenizer(balanced(mix), vocabulary).save_pretrained(folder)
     tokenizer = load_tokenizer(work / "tokenizer")
     inputs = {"tokenizer": token_map_hash(tokenizer), "corpus": texts[0]}
-    tokens = write_tokens(work / "tokens", corpus, tokenizer, inputs)
+    tokens = write_tokens(work / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
     inputs = {"tokens": fingerprint(inputs), "shape": asdict(shape), "schedule": schedule.to_dict()}
     with stage(out, inputs) as folder:
         if folder is not None:
             model = new_model(shape, tokenizer, schedule.seed)
-            train(model, load_tokens(tokens, "train"), schedule, "base", log=folder / "training.jsonl")
-            model.to(torch.bfloat16).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            share(folder)
+            train(model, load_tokens(tokens, "train"), schedule, "training", folder=folder)
+            if parallel.rank() == 0:
+                save_model(model, folder, tokenizer, torch.bfloat16)
     return out
+
+
+def grow(source: Path, corpus: Corpus, work: Path, out: Path, tokens: int) -> Path:
+    """Train a model on `corpus` that starts as `source` with twice the layers; write a Hugging Face folder to `out`."""
+    tokenizer = load_tokenizer(source)
+    inputs: Manifest = {"corpus": corpus.fingerprint(), "token_map": token_map_hash(tokenizer)}
+    found = write_tokens(work / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
+    schedule = Schedule(tokens, batch=8, seed=1, matrix_lr=0.01, other_lr=1.5e-3, cooldown=0.7, stretched=0.05)
+    inputs = {"tokens": fingerprint(inputs), "source": fingerprint_model(source), "schedule": schedule.to_dict()}
+    with stage(out, inputs) as folder:
+        if folder is not None:
+            model = doubled(load_model(source))
+            train(model, load_tokens(found, "train"), schedule, "training", folder=folder)
+            if parallel.rank() == 0:
+                save_model(model, folder, tokenizer, torch.bfloat16)
+    return out
+
+
+def doubled(small: PreTrainedModel) -> PreTrainedModel:
+    """A model with a new layer after each of `small`'s, which computes the very same function until it is trained.
+
+    A new layer copies the one before it, but what it adds to the residual stream is multiplied by zeros.
+    """
+    layers = small.config.num_hidden_layers
+    config = AutoConfig.for_model(**{k: v for k, v in small.config.to_dict().items() if k not in ("layer_types", "max_window_layers")})
+    config.num_hidden_layers = 2 * layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [kind for kind in small.config.layer_types for _ in range(2)]
+    state = {}
+    for name, value in small.state_dict().items():
+        before, found, after = name.partition(".layers.")
+        if not found:
+            state[name] = value
+            continue
+        number, _, leaf = after.partition(".")
+        state[f"{before}.layers.{2 * int(number)}.{leaf}"] = value
+        ends = leaf.startswith(("self_attn.o_proj.", "mlp.down_proj."))
+        state[f"{before}.layers.{2 * int(number) + 1}.{leaf}"] = torch.zeros_like(value) if ends else value.clone()
+    large: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    try:
+        large.load_state_dict(state)
+    except RuntimeError:
+        raise PackageError(f"--grow: layers of {small.config.model_type} models can't be doubled; wanted a Llama or Qwen kind") from None
+    return large.to(small.device)
 
 
 def balanced(corpora: list[Corpus]) -> Iterator[str]:

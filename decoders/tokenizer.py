@@ -51,9 +51,9 @@ def token_map_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(ordered.encode()).hexdigest()[:16]
 
 
-def require_same_token_map(base: PreTrainedTokenizerBase, decoder: PreTrainedTokenizerBase, name: str) -> None:
+def require_same_token_map(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
     """Raise TokenizerMismatch naming the first token, by id, that the two map differently."""
-    ours, theirs = base.get_vocab(), decoder.get_vocab()
+    ours, theirs = base.get_vocab(), other.get_vocab()
     if ours == theirs:
         return
     differing = sorted(
@@ -61,8 +61,8 @@ def require_same_token_map(base: PreTrainedTokenizerBase, decoder: PreTrainedTok
     )
     _, token = differing[0]
     raise TokenizerMismatch(
-        f"decoder {name}: its tokenizer differs from the base's in {len(differing)} of {len(ours)} tokens; "
-        f"the first is {token!r}: id {ours.get(token, 'none')} in the base, {theirs.get(token, 'none')} in the decoder"
+        f"{name}: its tokenizer differs from the base's in {len(differing)} of {len(ours)} tokens; "
+        f"the first is {token!r}: id {ours.get(token, 'none')} in the base, {theirs.get(token, 'none')} in the other"
     )
 
 

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from server.engine.launch import run_until_done
 
             return run_until_done(words[1:])
-        return _train(words)
+        return _run(words)
     except (MemdecError, DecoderError) as error:
         print(f"memdec: error: {error}", file=sys.stderr)
         return 1
@@ -26,52 +26,115 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _train(words: list[str]) -> int:
+def _run(words: list[str]) -> int:
     args = _parser().parse_args(words)
     if args.command == "serve":  # only reached with `memdec serve` after options
         return main(["serve"])
+    from decoders import parallel
+
+    parallel.join()
+    try:
+        command = {"pretrain": _pretrain, "verify": _verify, "evaluate": _evaluate}.get(args.command, _build)
+        return command(args)
+    finally:
+        parallel.leave()
+
+
+def _build(args: argparse.Namespace) -> int:
+    from decoders import parallel
+    from decoders.build import Build, BuildOptions
     from decoders.corpus import Corpus
+    from decoders.manifest import Bookmark
+    from decoders.train import Checkpoint
 
-    if args.command == "pretrain":
-        from decoders.pretrain import BASE, pretrain
-        from decoders.train import Schedule
-
-        corpora = [Corpus.open(c) for c in args.tokenizer_corpus]
-        pretrain(Corpus.open(args.corpus), corpora, args.work, args.out, BASE, Schedule(args.tokens), args.vocabulary)
-        return 0
-    from decoders.build import BuildOptions, build
+    Bookmark.SECONDS = Checkpoint.SECONDS = args.checkpoint_every
 
     options = BuildOptions(**{f.name: getattr(args, f.name) for f in fields(BuildOptions)})
     work = args.work or args.out.with_name(f"{args.out.name}.work")
-    package = build(args.name, Corpus.open(args.corpus), args.base, args.out, work, options)
-    print(f"memdec serve {args.base} --decoder {args.name}={package.path}")
+    build = Build(args.name, Corpus.open(args.corpus), args.base, args.out, work, options, args.teacher, tuple(args.beside))
+    made = build.run("package" if args.command == "build" else args.command)
+    if parallel.rank() == 0:
+        whole = args.command in ("build", "package")
+        print(f"memdec serve {args.base} --decoder {args.name}={made}" if whole else made)
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from decoders.corpus import Corpus
+    from decoders.pretrain import BASE, grow, pretrain
+    from decoders.train import Schedule
+
+    corpus = Corpus.open(args.corpus)
+    if args.grow:
+        grow(args.grow, corpus, args.work, args.out, args.tokens)
+        return 0
+    others = [Corpus.open(c) for c in args.tokenizer_corpus]
+    pretrain(corpus, others, args.work, args.out, BASE, Schedule(args.tokens), args.vocabulary)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from decoders.verify import verify
+
+    for check, found in verify(args.path, args.base):
+        print(f"{check:<12} {found}")
+    print(f"{args.path} can be served")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from decoders.study.study import run_from_file
+
+    run_from_file(args.study, args.out, args.server)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    from decoders.build import BuildOptions
+    from decoders.build import STAGES
 
     parser = argparse.ArgumentParser(prog="memdec", description="Domain memories for any LLM on vLLM.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="serve a base model with memory decoders: memdec serve MODEL --decoder NAME=PATH", add_help=False)
-    build = commands.add_parser("build", help="train a memory decoder on a corpus, beside a base model")
-    build.add_argument("name", help="the domain's name")
-    build.add_argument("--corpus", required=True, help="a folder of UTF-8 text, or 'stdlib'")
-    build.add_argument("--base", required=True, type=Path, help="Hugging Face folder of the base model")
-    build.add_argument("--out", required=True, type=Path, help="folder the package is written to")
-    build.add_argument("--work", type=Path, help="folder of the stages' artifacts (default: OUT.work)")
-    for f in fields(BuildOptions):
-        build.add_argument(
-            f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=f"{f.metadata['help']} (default: {f.default})"
-        )
-    pretrain = commands.add_parser("pretrain", help="train a small base model and its tokenizer from text")
-    pretrain.add_argument("--corpus", required=True, help="a folder of UTF-8 text, or 'stdlib'")
-    pretrain.add_argument("--tokenizer-corpus", action="append", default=[], help="further text for the tokenizer; repeatable")
-    pretrain.add_argument("--out", required=True, type=Path, help="folder the model is written to")
-    pretrain.add_argument("--work", required=True, type=Path, help="folder of tokens and tokenizer")
-    pretrain.add_argument("--tokens", type=int, default=5_600_000, help="training tokens (default: %(default)s)")
-    pretrain.add_argument("--vocabulary", type=int, default=8192, help="token ids of the tokenizer (default: %(default)s)")
+    _add_build(commands.add_parser("build", help="train a memory decoder on a corpus, beside a base model: all the stages below"))
+    for stage in STAGES:
+        _add_build(commands.add_parser(stage, help=f"run the build up to its stage {stage}, and stop"))
+    verify = commands.add_parser("verify", help="check that a decoder package or a plain checkpoint can be served")
+    verify.add_argument("path", type=Path, metavar="PATH", help="the decoder's folder")
+    verify.add_argument("--base", type=Path, help="the base model it is to be served beside")
+    evaluate = commands.add_parser(
+        "evaluate", help="compare decoders with retrieval and fine-tuning, all tuned, from a study's description"
+    )
+    evaluate.add_argument("study", type=Path, help="a TOML file that names corpora, bases, decoders and budgets")
+    evaluate.add_argument("--out", required=True, type=Path, help="folder for the table, the JSON and the plots")
+    evaluate.add_argument("--server", help="URL of a running memdec server: measure through it too, and compare")
+    _add_pretrain(commands.add_parser("pretrain", help="train a small base model and its tokenizer from text"))
     return parser
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    from decoders.build import BuildOptions
+
+    parser.add_argument("name", metavar="NAME", help="the domain's name")
+    parser.add_argument("--corpus", required=True, help="a folder of text, JSON lines, parquet or arrow files, or 'stdlib'")
+    parser.add_argument("--base", required=True, type=Path, help="Hugging Face folder of the base model")
+    parser.add_argument("--out", required=True, type=Path, help="folder the package is written to")
+    parser.add_argument("--work", type=Path, help="folder of the stages' artifacts (default: OUT.work)")
+    parser.add_argument("--teacher", type=Path, help="model that is tuned to embed the datastore (default: the base)")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="a further base to tune lambda beside; repeatable")
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds of work a kill may cost (default: %(default)s)")
+    for f in fields(BuildOptions):
+        help_text = f"{f.metadata['help']} (default: {f.default})"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=help_text)
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--corpus", required=True, help="a folder of text, JSON lines, parquet or arrow files, or 'stdlib'")
+    parser.add_argument("--tokenizer-corpus", action="append", default=[], help="further text for the tokenizer; repeatable")
+    parser.add_argument("--out", required=True, type=Path, help="folder the model is written to")
+    parser.add_argument("--work", required=True, type=Path, help="folder of tokens and tokenizer")
+    parser.add_argument("--tokens", type=int, default=5_600_000, help="training tokens (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="token ids of the tokenizer (default: %(default)s)")
+    parser.add_argument("--grow", type=Path, help="start from this model with every layer doubled, and keep its tokenizer")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) 
         require_finite(package.path)
         require_room(package, tokenizer, name)
         # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
-        require_same_token_map(tokenizer, load_tokenizer(package.path), name)
+        require_same_token_map(tokenizer, load_tokenizer(package.path), f"decoder {name}")
         opened.append((name, package))
         limits.append(positions(package.path))
     require_one_shape(opened)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from decoders.corpus import Corpus
-from decoders.evaluate import perplexity, score
+from decoders.evaluate import label_logprobs, mix, perplexity
 from decoders.models import load_model
 from decoders.package import Package, safetensors_header
 from decoders.tokenizer import load_tokenizer
@@ -55,5 +55,5 @@ def test_the_python_memory_helps_on_held_out_code() -> None:
     tokenizer = load_tokenizer(ZOO / "base")
     text = "\n".join(list(Corpus.open("stdlib").documents("test"))[:8])[:60_000]
     ids = np.array(tokenizer(text)["input_ids"][:8000], np.uint16)
-    scores = score(load_model(ZOO / "base"), load_model(ZOO / "python"), ids, "python")
-    assert perplexity(scores.mixture(package.lam)) < 0.8 * perplexity(scores.base)
+    base, memory = (label_logprobs(load_model(ZOO / name), ids, name) for name in ("base", "python"))
+    assert perplexity(mix(base, memory, package.lam)) < 0.8 * perplexity(base)

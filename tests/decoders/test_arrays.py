@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from decoders.arrays import create_array
+from decoders.arrays import fill_array
 
 TOO_LARGE = """
 import resource, sys
 from pathlib import Path
-from decoders.arrays import create_array
+from decoders.arrays import fill_array
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    create_array(Path(sys.argv[1]), "float16", (1000, 100))
+    fill_array(Path(sys.argv[1]), "float16", (1000, 100))
 except OSError:
     sys.exit(42)
 """
@@ -22,7 +22,7 @@ except OSError:
 
 def test_arrays_are_filled_in_place(tmp_path: Path) -> None:
     """And read back as ordinary .npy files."""
-    array = create_array(tmp_path / "a.npy", np.float16, (10, 3))
+    array = fill_array(tmp_path / "a.npy", np.float16, (10, 3))
     array[4] = 7
     array.flush()
     assert np.load(tmp_path / "a.npy")[4].tolist() == [7, 7, 7]

@@ -1,19 +1,28 @@
-"""The six stages on a tiny base and corpus, as a user would run them, and the package they leave."""
+"""The stages on a tiny base and corpus, as a user would run them, and the package they leave."""
 
+import hashlib
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from decoders.build import Build
+from decoders.corpus import Corpus
+from decoders.errors import ManifestError
+from decoders.manifest import stage
 from decoders.package import Package
 from server.cli import main
 
-TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--text-tokens", "16384", "--knn-tokens", "8192"]
+TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +36,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def command(corpus: Path, base: Path, out: Path) -> list[str]:
+    """`memdec build`, with the work folder beside `out`."""
+    return ["-m", "server.cli", "build", "tiny", "--corpus", str(corpus), "--base", str(base), "--out", str(out), *TINY]
+
+
+def artifacts(work: Path) -> dict[str, str]:
+    """Hash of every file that holds data: all but the records of seconds."""
+    files = sorted(p for p in work.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return {str(p.relative_to(work)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
 def build(corpus: Path, base: Path, out: Path, largest: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
     """`memdec build` in a process of its own, whose files may have at most `largest` bytes."""
-    command = [sys.executable, "-m", "server.cli", "build", "tiny", "--corpus", str(corpus), "--base", str(base), "--out", str(out), *TINY]
+    words = [sys.executable, *command(corpus, base, out)]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # noqa: E731
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, preexec_fn=limit)
+    return subprocess.run(words, capture_output=True, text=True, timeout=900, preexec_fn=limit)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +91,94 @@ def test_files_that_cannot_be_written_are_one_line(largest: int, built: Path, co
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_killed_in_every_stage_it_goes_on_to_the_same_artifacts(built: Path, corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """SIGKILL a moment after each stage begins; bookmarks are written as often as can be. Then to the end."""
+    words = [sys.executable, *command(corpus, toys / "base", tmp_path / "out"), "--checkpoint-every", "0"]
+    stages = ("near_duplicates", "tokens", "teacher", "datastore", "knn_targets", "student", "decoder")
+    log = (tmp_path / "log.txt").open("w+")
+    for number, name in enumerate(stages):
+        process = subprocess.Popen(words, stdout=log, stderr=log)
+        finished, partial = tmp_path / "out.work" / name, tmp_path / "out.work" / f".{name}.partial"
+        while not (partial.exists() or finished.exists()) and process.poll() is None:
+            time.sleep(0.01)
+        # A little later each time: in some stages before the first bookmark, in some after it.
+        time.sleep(0.1 * number)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() in (-signal.SIGKILL, 0)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log.seek(0)
+    assert "going on where an earlier run stopped" in log.read() + done.stdout
+    assert artifacts(tmp_path / "out.work") == artifacts(built.with_name("tiny.work"))
+    assert artifacts(tmp_path / "out")["model.safetensors"] == artifacts(built)["model.safetensors"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_two_processes_share_the_work(built: Path, corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """Under torchrun: the same tokens, keys and targets as one process, and weights that differ by roundings alone."""
+    work = tmp_path / "out.work"
+    shutil.copytree(built.with_name("tiny.work") / "teacher", work / "teacher")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launcher, *command(corpus, toys / "base", tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = artifacts(work), artifacts(built.with_name("tiny.work"))
+    assert ours.keys() == theirs.keys()
+    for name in ("tokens/train.npy", "datastore/values.npy", "knn_targets/tuned.json"):
+        assert ours[name] == theirs[name]
+    keys = [np.load(folder / "datastore" / "keys.npy").astype(np.float32) for folder in (work, built.with_name("tiny.work"))]
+    np.testing.assert_allclose(*keys, atol=0.05)
+    one, two = Package.open(built, toys / "base"), Package.open(tmp_path / "out", toys / "base")
+    assert two.perplexity["memory"] == pytest.approx(one.perplexity["memory"], rel=0.05)
+
+
+def test_stages_by_themselves(built: Path, corpus: Path, toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each sub-command stops at its stage; here all are fresh."""
+    arguments = ["tiny", "--corpus", str(corpus), "--base", str(toys / "base"), "--out", str(built), *TINY]
+    assert main(["datastore", *arguments]) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[-1] == str(built.with_name("tiny.work") / "datastore")
+    assert "knn_targets" not in told
+
+
+def test_a_stage_that_another_process_makes_is_refused(corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """One line; nothing of the other's is touched."""
+    other = Build("tiny", Corpus.open(str(corpus)), toys / "base", tmp_path / "out", tmp_path / "out.work")
+    with stage(tmp_path / "out.work" / "near_duplicates", {"x": 1}), pytest.raises(ManifestError, match="another process is making it"):
+        other.run("near-duplicates")
+
+
+def test_verify_tells_what_can_be_served(built: Path, toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packages and plain checkpoints; each fault by name."""
+    assert main(["verify", str(built), "--base", str(toys / "base")]) == 0
+    told = capsys.readouterr().out
+    assert "memdec package" in told and "tuned beside this base" in told and told.endswith("can be served\n")
+    assert main(["verify", str(toys / "gpt_a"), "--base", str(toys / "base")]) == 0
+    assert "plain checkpoint" in capsys.readouterr().out
+
+    broken = Path(shutil.copytree(built, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    first = sorted(weights)[0]
+    weights[first][0] = float("nan")
+    save_file(weights, broken / "model.safetensors")
+    assert main(["verify", str(broken)]) == 1
+    assert f"{first} holds values that are not finite" in capsys.readouterr().err
+    (broken / "model.safetensors").write_bytes((built / "model.safetensors").read_bytes()[:-100])
+    assert main(["verify", str(broken)]) == 1
+    assert "truncated" in capsys.readouterr().err
+
+    foreign = Path(shutil.copytree(built, tmp_path / "foreign"))
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = sorted(vocabulary, key=vocabulary.__getitem__)[50:52]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["verify", str(foreign)]) == 1
+    assert "token map" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "nowhere")]) == 1
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_too_little_text_is_refused_by_name(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,11 @@
 """kNN distributions against a dense, obvious computation."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from decoders.datastore import Datastore, build_index
-from decoders.knn_targets import KEPT, search_own, sparse_rows, token_masses
+from decoders.datastore import Datastore, build_index, with_exact_distances
+from decoders.knn_lm import label_probability, token_masses, tune
+from decoders.knn_targets import KEPT, search_own, sparse_rows
 
 VOCABULARY = 40
 
@@ -16,7 +15,7 @@ def store(entries: int, width: int = 16) -> Datastore:
     random = np.random.default_rng(0)
     keys = random.normal(size=(entries, width)).astype(np.float16)
     keys[5] = keys[3]  # an equal key is not the entry itself
-    return Datastore(keys, random.integers(0, VOCABULARY, entries).astype(np.uint16), build_index(keys), Path("unused"))
+    return Datastore(keys, random.integers(0, VOCABULARY, entries).astype(np.uint16), with_exact_distances(None, keys))
 
 
 def dense(datastore: Datastore, row: int, k: int, tau: float) -> np.ndarray:
@@ -56,3 +55,30 @@ def test_rows_with_many_tokens_keep_the_likeliest() -> None:
     ids, probs = sparse_rows(np.arange(64, dtype=np.uint16)[None], (np.arange(64, dtype=np.float32) / 2016)[None])
     assert set(ids[0].tolist()) == set(range(32, 64))
     assert probs.astype(np.float64).sum() == pytest.approx(1, abs=2e-3)
+
+
+def test_the_approximate_index_ranks_by_exact_distances() -> None:
+    """Whatever it finds comes with the distance to the float16 key, nearest first."""
+    random = np.random.default_rng(1)
+    keys = random.normal(size=(4000, 16)).astype(np.float16)
+    queries = random.normal(size=(20, 16)).astype(np.float32)
+    approximate = Datastore(keys, np.zeros(4000, np.uint16), with_exact_distances(build_index(keys), keys))
+    distances, found = approximate.search(queries, 10)
+    exact = ((keys[found].astype(np.float32) - queries[:, None]) ** 2).sum(2)
+    np.testing.assert_allclose(distances, exact, rtol=1e-3, atol=1e-3)
+    assert (np.diff(distances, axis=1) >= 0).all()
+    whole, _ = Datastore(keys, approximate.values, with_exact_distances(None, keys)).search(queries, 10)
+    assert (distances >= whole - 1e-3).all()
+
+
+def test_tuning_finds_what_a_dense_search_over_the_grid_finds() -> None:
+    """The lowest perplexity of all k, tau and lambda; nothing is gained where neighbours are never right."""
+    random = np.random.default_rng(2)
+    distances = np.sort(random.uniform(0, 50, (200, 16)), 1).astype(np.float32)
+    hits = random.random((200, 16)) < np.linspace(0.6, 0.05, 16)
+    base = random.uniform(0.01, 0.2, 200)
+    best = tune(distances, hits, base, (4, 16))
+    p = label_probability(distances, hits, best.neighbours, best.tau)
+    assert np.exp(-np.log(best.lam * p + (1 - best.lam) * base).mean()) == pytest.approx(best.perplexity, rel=1e-3)
+    assert best.perplexity == min(row["perplexity"] for row in best.tried)
+    assert tune(distances, np.zeros_like(hits), base, (4, 16)).lam == 0

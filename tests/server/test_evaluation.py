@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from decoders.evaluate import WINDOW, perplexity, score, windows
+from decoders.evaluate import WINDOW, label_logprobs, mix, perplexity, windows
 from decoders.models import load_model
 
 
@@ -33,9 +33,9 @@ def test_perplexity_equals_the_offline_one(model: str, lam: float, http: httpx.C
     ids = tokenizer((Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text()[:9000])["input_ids"]
     served = through_the_server(http, ids, model)
     array = np.array(ids, np.uint16)
-    scores = score(load_model(toys / "base"), load_model(toys / "qwen_a"), array, "offline")
+    base, memory = (label_logprobs(load_model(toys / name), array, name) for name in ("base", "qwen_a"))
     # Offline each window also scores the token after it, and the one it generates: no room for them here.
-    kept = np.arange(len(scores.base)) % (WINDOW // 2) < WINDOW // 2 - 2
-    offline = perplexity(scores.mixture(lam)[kept])
+    kept = np.arange(len(base)) % (WINDOW // 2) < WINDOW // 2 - 2
+    offline = perplexity(mix(base, memory, lam)[kept])
     assert len(served) == kept.sum()
     assert math.exp(-np.mean(served)) == pytest.approx(offline, rel=1e-3)

@@ -1,0 +1,95 @@
+"""The kNN-LM itself: from neighbours to next-token probabilities, and tau, k and lambda tuned on held-out text.
+
+    p_kNN(y) is proportional to the sum over neighbours i with v_i = y of exp(-d_i / tau)      (arXiv 2508.09874, eq. 2)
+
+d is the squared L2 distance.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from decoders.tokens import Ids
+
+TAUS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+LAMBDAS = tuple(round(0.05 * i, 2) for i in range(20))  # 0 too: a retriever that only hurts is left out
+NOT_FOUND = np.float32(1e38)
+
+Floats = NDArray[np.float32]
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The kNN-LM with the lowest validation perplexity."""
+
+    neighbours: int
+    """k."""
+    tau: float
+    lam: float
+    """Weight of p_kNN beside the language model."""
+    perplexity: float
+    tried: tuple[dict[str, float], ...]
+    """Every (k, tau) with its best lambda and perplexity."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return asdict(self)
+
+
+def weights(distances: Floats, tau: float) -> Floats:
+    """The neighbours' softmax weights, [n, k]. Neighbours that weren't found come as distances of 3.4e38 and get none."""
+    found = distances < NOT_FOUND
+    logits = np.where(found, distances.min(1, keepdims=True) - distances, -1e9 * tau) / tau
+    result: Floats = np.exp(logits) * found
+    result /= np.maximum(result.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+    return result
+
+
+def label_probability(distances: Floats, hits: NDArray[np.bool_], neighbours: int, tau: float) -> NDArray[np.float64]:
+    """p_kNN of the right tokens, [n], from the nearest `neighbours` of rows [n, k] sorted by distance; hits: neighbour's value is right."""
+    part = weights(distances[:, :neighbours], tau)
+    result: NDArray[np.float64] = (part * hits[:, :neighbours]).sum(1).astype(np.float64)
+    return result
+
+
+def tune(distances: Floats, hits: NDArray[np.bool_], base: NDArray[np.float64], choices: tuple[int, ...]) -> Tuned:
+    """Choose k among `choices`, tau and lambda for rows [n, k]; base [n] is the language model's probability of the right tokens."""
+    tried = []
+    for neighbours in sorted({min(k, distances.shape[1]) for k in choices}):
+        for tau in TAUS:
+            p_knn = label_probability(distances, hits, neighbours, tau)
+            nats = {lam: float(-np.log(np.maximum(lam * p_knn + (1 - lam) * base, 1e-30)).mean()) for lam in LAMBDAS}
+            lam = min(nats, key=nats.__getitem__)
+            tried.append({"neighbours": neighbours, "tau": tau, "lambda": lam, "perplexity": round(float(np.exp(nats[lam])), 3)})
+    best = min(tried, key=lambda row: row["perplexity"])
+    return Tuned(int(best["neighbours"]), best["tau"], best["lambda"], best["perplexity"], tuple(tried))
+
+
+def token_masses(distances: Floats, tokens: Ids, tau: float) -> tuple[Ids, Floats]:
+    """Eq. 2 without densifying: token ids and probabilities, both [n, k]; unused places hold probability 0."""
+    mass = weights(distances, tau)
+    order = np.argsort(tokens, 1, kind="stable")
+    ordered, mass = np.take_along_axis(tokens, order, 1), np.take_along_axis(mass, order, 1)
+    group = np.zeros(ordered.shape, np.int64)
+    np.cumsum(ordered[:, 1:] != ordered[:, :-1], axis=1, out=group[:, 1:])
+    rows = np.arange(len(ordered))[:, None]
+    masses, ids = np.zeros(ordered.shape, np.float32), np.zeros(ordered.shape, ordered.dtype)
+    np.add.at(masses, (np.broadcast_to(rows, group.shape), group), mass)
+    ids[rows, group] = ordered
+    return ids, masses
+
+
+@torch.inference_mode()
+def label_probabilities(hidden: Tensor, weight: Tensor, labels: Ids) -> NDArray[np.float64]:
+    """Softmax probability of labels [n] under hidden [n, H] @ weight.T, chunk by chunk."""
+    wanted = torch.from_numpy(labels.astype(np.int64))
+    parts = []
+    for start in range(0, len(hidden), 1024):
+        logits = hidden[start : start + 1024] @ weight.cpu().T
+        parts.append(logits.log_softmax(1).gather(1, wanted[start : start + 1024, None]).squeeze(1))
+    return torch.cat(parts).double().exp().numpy()

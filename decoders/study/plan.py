@@ -1,0 +1,133 @@
+"""A study's description: which corpora, bases and decoders are compared, and what everybody may spend. Read from TOML.
+
+Paths are relative to the file's folder. An example is docs/study.toml.
+"""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from decoders.build import BuildOptions
+from decoders.corpus import STDLIB
+from decoders.errors import OptionError
+from decoders.package import DOMAIN, DOMAIN_RULE
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is spent on every domain and base."""
+
+    valid_windows: int = 64
+    """Validation windows that tune lambda, k, tau and retrieval (256 scored tokens each)."""
+    test_windows: int = 160
+    """Test windows, spread evenly over the documents."""
+    general_windows: int = 24
+    """Test windows of the general corpus: forgetting."""
+    rag_tuning_windows: int = 16
+    """Validation windows on which retrieval is tuned."""
+    latency_tokens: int = 32
+    """Tokens decoded a round when milliseconds per token are taken."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base model, and what is spent on fine-tuning it."""
+
+    path: Path = Path()
+    dapt_tokens: int = 600_000
+    """Training tokens of the fully tuned base, DAPT; 0 leaves it out."""
+    lora_tokens: int = 600_000
+    """Training tokens of the LoRA adapter; 0 leaves it out."""
+    own_keys: bool = True
+    """Whether a datastore of its own keys is built too, beside the teacher's."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One corpus and the decoder built on it."""
+
+    name: str
+    corpus: str
+    """A `--corpus` value."""
+    work: Path
+    """The build's work folder: tokens, teacher, datastore, student and decoder."""
+    options: BuildOptions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole study."""
+
+    budget: Budget
+    bases: dict[str, Base]
+    """Label -> folder; the first is the one the decoders were built for."""
+    domains: tuple[Domain, ...]
+    general: str
+    """Corpus on which forgetting is measured."""
+    work: Path
+    """Where the baselines are kept."""
+
+    @classmethod
+    def load(cls, file: Path) -> "Plan":
+        """Read and check a description. Raises OptionError naming the key."""
+        try:
+            text = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise OptionError(f"{file}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise OptionError(f"{file}: not TOML ({error})") from None
+        unknown = sorted(text.keys() - {"budget", "bases", "domains", "general", "work", "build"})
+        if unknown:
+            raise OptionError(f"{file}: unknown key {unknown[0]!r}; wanted budget, bases, domains, general, work, build")
+        here = file.resolve().parent
+        bases = {}
+        for name, entry in _table(file, text, "bases").items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+                raise OptionError(f"{file}: bases.{name}: wanted a table with path")
+            bases[name] = _fill(Base, {**entry, "path": here / entry["path"]}, f"{file}: bases.{name}")
+            if not bases[name].path.is_dir():
+                raise OptionError(f"{file}: bases.{name}.path: {bases[name].path}: no such folder")
+        shared = _table(file, text, "build", {})
+        domains = []
+        for name, entry in _table(file, text, "domains").items():
+            if not DOMAIN.fullmatch(name):
+                raise OptionError(f"{file}: domains.{name}: wanted {DOMAIN_RULE}")
+            if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys():
+                raise OptionError(f"{file}: domains.{name}: wanted corpus and work")
+            own = {k: v for k, v in entry.items() if k not in ("corpus", "work")}
+            options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
+            domains.append(Domain(name, _corpus(here, entry["corpus"]), here / entry["work"], options))
+        if not bases or not domains:
+            raise OptionError(f"{file}: wanted at least one base and one domain")
+        budget = _fill(Budget, _table(file, text, "budget", {}), f"{file}: budget")
+        for key in ("general", "work"):
+            if not isinstance(text.get(key), str):
+                raise OptionError(f"{file}: {key}: wanted a path, found {text.get(key)!r}")
+        return cls(budget, bases, tuple(domains), _corpus(here, text["general"]), here / text["work"])
+
+
+def _corpus(here: Path, source: str) -> str:
+    return source if source == STDLIB else str(here / source)
+
+
+def _table(file: Path, text: dict[str, Any], key: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    value = text.get(key, default)
+    if not isinstance(value, dict):
+        raise OptionError(f"{file}: {key}: wanted a table, found {value!r}")
+    return value
+
+
+def _fill(kind: Any, values: dict[str, Any], where: str) -> Any:
+    """A dataclass from a table; unknown keys and wrong types are errors that name them."""
+    known = {f.name: f for f in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise OptionError(f"{where}: unknown key {key!r}; wanted {', '.join(known)}")
+        wanted: type = Path if isinstance(value, Path) else type(known[key].default)
+        if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            raise OptionError(f"{where}.{key}: {value!r}: wanted {wanted.__name__}")
+        least = 0 if key in ("seed", "dapt_tokens", "lora_tokens") else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise OptionError(f"{where}.{key}: {value}: wanted a whole number above {least - 1}")
+    return kind(**values)

@@ -1,0 +1,76 @@
+"""The study's pictures: perplexity by method, and perplexity against bytes."""
+
+from pathlib import Path
+from typing import Any
+
+from decoders.study.scores import METHODS
+
+COLOURS = {
+    "base": "#9a9a9a", "rag": "#c9a227", "knn": "#7aa6c2", "knn_teacher": "#2f6690",
+    "dapt": "#b56576", "lora": "#e5989b", "control": "#8ab17d", "decoder": "#1b7f5c",
+}  # fmt: skip
+
+
+def write_plots(out: Path, results: dict[str, Any]) -> None:
+    """Write perplexity-<base>.png and compression.png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    rows: list[dict[str, Any]] = results["results"]
+    for base in dict.fromkeys(r["base"] for r in rows):
+        _bars(out / f"perplexity-{base}.png", [r for r in rows if r["base"] == base], base)
+    _compression(out / "compression.png", [r for r in rows if r["base"] == rows[0]["base"]], results["decoder_bytes"])
+
+
+def _bars(path: Path, rows: list[dict[str, Any]], base: str) -> None:
+    """Perplexity over the base's, one group of bars a domain, on a log scale."""
+    from matplotlib import pyplot as plt
+
+    methods = [m for m in METHODS if m != "base" and m in rows[0]["methods"]]
+    figure, axis = plt.subplots(figsize=(10, 4.2))
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        bottoms = [r["methods"]["base"]["perplexity"] for r in rows]
+        values = [r["methods"][method]["perplexity"] / b for r, b in zip(rows, bottoms, strict=True)]
+        errors = [
+            [abs(v - r["methods"][method]["interval"][side] / b) for r, b, v in zip(rows, bottoms, values, strict=True)] for side in (0, 1)
+        ]
+        places = [i + (number - len(methods) / 2 + 0.5) * width for i in range(len(rows))]
+        axis.bar(places, values, width, yerr=errors, label=METHODS[method], color=COLOURS[method], ecolor="#444444", capsize=1.5)
+    axis.set_yscale("log")
+    axis.axhline(1, color=COLOURS["base"], linewidth=1)
+    axis.set_xticks(range(len(rows)), [f"{r['domain']}\n(base {r['methods']['base']['perplexity']:.0f})" for r in rows])
+    axis.set_ylabel("test perplexity ÷ the base's")
+    axis.set_title(f"Beside base {base}; lower is better; bars: 95 % over documents")
+    axis.legend(fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _compression(path: Path, rows: list[dict[str, Any]], sizes: dict[str, int]) -> None:
+    """Perplexity against the bytes beside the base: datastores cut down, and the decoder."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.2), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        for method, store in row["stores"].items():
+            points = sorted((s["bytes"] / 1e6, s["perplexity"]) for s in store["smaller"])
+            axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[method], label=METHODS[method], markersize=3)
+        axis.plot(
+            sizes[row["domain"]] / 1e6,
+            row["methods"]["decoder"]["perplexity"],
+            "*",
+            color=COLOURS["decoder"],
+            markersize=13,
+            label=METHODS["decoder"],
+        )
+        axis.axhline(row["methods"]["base"]["perplexity"], color=COLOURS["base"], linewidth=1, label="base")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(row["domain"])
+        axis.set_xlabel("MB beside the base")
+    axes[0][0].set_ylabel("test perplexity")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.02))
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)

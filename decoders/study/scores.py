@@ -1,0 +1,216 @@
+"""Log-probabilities of the same held-out tokens under every method, for one domain and one base.
+
+One artifact a pair: `scores.npz` (a row a method, [methods, tokens]), `general.npz` (the same on the general corpus) and `figures.json` (what was
+tuned, how it came out, bytes).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decoders.datastore import Datastore
+from decoders.evaluate import Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
+from decoders.knn_lm import label_probability, tune
+from decoders.manifest import Manifest, stage
+from decoders.models import load_model
+from decoders.package import fingerprint_model, safetensors_header
+from decoders.study.plan import Budget
+from decoders.study.retrieval import Passages, rag_logprobs, tune_retrieval
+from decoders.tokenizer import load_tokenizer
+from decoders.tokens import Ids, load_ends, load_tokens
+
+METHODS = {
+    "base": "base",
+    "rag": "RAG (BM25)",
+    "knn": "kNN-LM, own keys",
+    "knn_teacher": "kNN-LM, the teacher's keys",
+    "dapt": "DAPT",
+    "lora": "LoRA",
+    "control": "control: decoder on labels alone",
+    "decoder": "memory decoder",
+}
+NEIGHBOURS = (16, 64, 256, 1024)
+PROBED = 64  # index cells: more than in training, for recall; measured in `recall`
+FRACTIONS = (1.0, 0.25, 0.0625, 0.015625)  # of the datastore: what fewer entries would buy
+CHECKED = 256  # queries whose neighbours are compared with an exhaustive search
+
+
+@dataclass(frozen=True)
+class Models:
+    """The folders one row of the table is made from."""
+
+    base: Path
+    dapt: Path | None
+    lora: Path | None
+    teacher: Path
+    decoder: Path
+    control: Path
+    store: Path
+    """The teacher's datastore."""
+    own_store: Path | None
+    """A datastore of the base's own keys, if there is one."""
+
+    def fingerprints(self) -> Manifest:
+        """For a manifest."""
+        names = ("base", "dapt", "lora", "teacher", "decoder", "control")
+        found = {name: getattr(self, name) for name in names}
+        return {name: path and fingerprint_model(path) for name, path in found.items()} | {"own_keys": self.own_store is not None}
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Windows of one split."""
+
+    ids: Ids
+    starts: list[int]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The scored tokens, [n]."""
+        found: NDArray[np.int64] = np.asarray(self.ids)[scored(self.starts)].astype(np.int64)
+        return found
+
+    @classmethod
+    def open(cls, tokens: Path, split: str, most: int) -> "Heldout":
+        """At most `most` windows of a split."""
+        ids = load_tokens(tokens, split)
+        return cls(ids, windows(len(ids), most))
+
+
+def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget: Budget, manifest: Manifest) -> Path:
+    """Tune every method on valid, score test and general with it."""
+    with stage(out, manifest) as folder:
+        if folder is None:
+            return out
+        valid = Heldout.open(tokens, "valid", budget.valid_windows)
+        test = Heldout.open(tokens, "test", budget.test_windows)
+        other = Heldout.open(general, "test", budget.general_windows)
+        splits = {"valid": valid, "test": test, "general": other}
+        figures: dict[str, Any] = {"bytes": {}, "tuned": {}}
+        rows: dict[str, dict[str, Floats]] = {name: {} for name in splits}
+        for method, make in (("knn_teacher", models.store), ("knn", models.own_store)):
+            if make is None:
+                continue
+            keyed = models.teacher if method == "knn_teacher" else models.base
+            _score_knn(method, Datastore.open(make), keyed, models, splits, rows, figures)
+        base = rows["valid"]["base"]
+        for method, tuned in (("dapt", models.dapt), ("lora", models.lora)):
+            if tuned is None:
+                continue
+            model = load_model(tuned)
+            for name, part in splits.items():
+                rows[name][method] = label_logprobs(model, part.ids, f"{method} {name}", part.starts)
+            figures["bytes"][method] = weight_bytes(models.base)
+        for method in ("decoder", "control"):
+            memory = load_model(getattr(models, method))
+            alone = {name: label_logprobs(memory, part.ids, f"{method} {name}", part.starts) for name, part in splits.items()}
+            lam = best_lambda(base, alone["valid"])
+            for name in splits:
+                rows[name][method] = mix(rows[name]["base"], alone[name], lam)
+            figures["tuned"][method] = {"lambda": lam, "alone": round(perplexity(alone["test"]), 3)}
+            figures["bytes"][method] = weight_bytes(models.base) + weight_bytes(getattr(models, method))
+        _score_rag(models, tokens, valid, test, other, budget, rows, figures)
+        for name, split in (("scores.npz", "test"), ("general.npz", "general")):
+            scores: dict[str, Any] = dict(rows[split])
+            np.savez(folder / name, **scores)
+        ends = load_ends(tokens, "test")
+        counts = np.bincount(load_tokens(tokens, "train"), minlength=int(np.asarray(test.ids).max()) + 1)
+        np.savez(folder / "tokens.npz", labels=test.labels, documents=np.searchsorted(ends, scored(test.starts), "right"), counts=counts)
+        (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return out
+
+
+def _score_knn(
+    method: str,
+    store: Datastore,
+    keyed: Path,
+    models: Models,
+    splits: dict[str, Heldout],
+    rows: dict[str, dict[str, Floats]],
+    figures: dict[str, Any],
+) -> None:
+    """kNN-LM beside the base, its queries embedded by the model at `keyed`; the base itself is scored along the way."""
+    model, most = load_model(keyed), min(max(NEIGHBOURS), len(store.keys))
+    found: dict[str, tuple[Any, Any, Any]] = {}
+    for name, part in splits.items():
+        logprobs, queries = score(model, part.ids, f"{method} {name}", part.starts, keys=True)
+        if "base" not in rows[name]:
+            own = keyed == models.base
+            rows[name]["base"] = logprobs if own else label_logprobs(load_model(models.base), part.ids, f"base {name}", part.starts)
+        distances, numbers = store.search(queries, most, PROBED)
+        found[name] = distances, numbers, store.values[numbers] == part.labels[:, None]
+        if name == "test":
+            figures.setdefault("recall", {})[method] = _recall(store, queries[:CHECKED], numbers[:CHECKED])
+    base = {name: np.exp(rows[name]["base"]) for name in splits}
+    best = tune(found["valid"][0], found["valid"][2], base["valid"], NEIGHBOURS)
+    for name, (distances, _, hits) in found.items():
+        p = label_probability(distances, hits, best.neighbours, best.tau)
+        rows[name][method] = np.log(best.lam * p + (1 - best.lam) * base[name])
+    figures["tuned"][method] = {k: v for k, v in best.to_dict().items() if k != "tried"}
+    per_entry = 2 * store.keys.shape[1] + store.values.dtype.itemsize + store.keys.shape[1] / 16 + 8
+    extra = 0 if keyed == models.base else weight_bytes(keyed)
+    figures["bytes"][method] = weight_bytes(models.base) + extra + int(len(store.keys) * per_entry)
+    figures.setdefault("store", {})[method] = {
+        "entries": len(store.keys),
+        "bytes": int(len(store.keys) * per_entry),
+        "smaller": list(_smaller_stores(found, base, len(store.keys), per_entry)),
+    }
+
+
+def _smaller_stores(found: dict[str, Any], base: dict[str, Floats], entries: int, per_entry: float) -> Iterator[dict[str, float]]:
+    """Perplexity with a random part of the datastore: neighbours in it are those of the whole that are in it."""
+    for fraction in FRACTIONS:
+        kept = np.random.default_rng(0).random(entries) < fraction
+        parts = {name: np.where(kept[numbers], distances, np.float32(3e38)) for name, (distances, numbers, _) in found.items()}
+        order = {name: np.argsort(parts[name], 1, kind="stable") for name in ("valid", "test")}
+        near = {name: np.take_along_axis(parts[name], order[name], 1) for name in order}
+        hits = {name: np.take_along_axis(found[name][2], order[name], 1) for name in order}
+        best = tune(near["valid"], hits["valid"], base["valid"], NEIGHBOURS)
+        p = label_probability(near["test"], hits["test"], best.neighbours, best.tau)
+        result = perplexity(np.log(best.lam * p + (1 - best.lam) * base["test"]))
+        yield {"entries": int(kept.sum()), "bytes": int(kept.sum() * per_entry), "perplexity": round(result, 3)}
+
+
+def _recall(store: Datastore, queries: NDArray[np.float32], numbers: NDArray[np.int64], nearest: int = 64) -> float:
+    """Share of the true nearest neighbours, found exhaustively, that the index found."""
+    distances = np.zeros((len(queries), len(store.keys)), np.float32)
+    for start in range(0, len(store.keys), 65_536):
+        keys = np.asarray(store.keys[start : start + 65_536], np.float32)
+        distances[:, start : start + len(keys)] = (keys**2).sum(1) - 2 * queries @ keys.T
+    nearest = min(nearest, len(store.keys) - 1)
+    true = np.argpartition(distances, nearest, 1)[:, :nearest]
+    return round(float(np.mean([np.isin(t, n[:nearest]).mean() for t, n in zip(true, numbers, strict=True)])), 4)
+
+
+def _score_rag(
+    models: Models,
+    tokens: Path,
+    valid: Heldout,
+    test: Heldout,
+    other: Heldout,
+    budget: Budget,
+    rows: dict[str, dict[str, Floats]],
+    figures: dict[str, Any],
+) -> None:
+    """RAG, tuned on some validation windows."""
+    base, tokenizer, train = load_model(models.base), load_tokenizer(models.base), load_tokens(tokens, "train")
+    few = [valid.starts[i] for i in np.linspace(0, len(valid.starts) - 1, min(budget.rag_tuning_windows, len(valid.starts))).astype(int)]
+    how, tried = tune_retrieval(base, train, valid.ids, few, tokenizer)
+    passages = Passages(train, tokenizer, how.passage)
+    for name, part in (("test", test), ("general", other)):
+        rows[name]["rag"] = rag_logprobs(base, passages, part.ids, part.starts, how, f"rag {name}")
+    figures["tuned"]["rag"] = {**how.to_dict(), "tried": tried}
+    figures["bytes"]["rag"] = weight_bytes(models.base) + passages.size
+    figures["bytes"]["base"] = weight_bytes(models.base)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model's weights at two bytes a parameter, however its file holds them."""
+    headers = [safetensors_header(f)[1] for f in folder.glob("*.safetensors")]
+    shapes = [entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"]
+    return 2 * sum(int(np.prod(shape)) for shape in shapes)

@@ -1,0 +1,54 @@
+"""The same log-probabilities through a running server: echo and logprobs on /v1/completions."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from decoders.errors import DecoderError
+from decoders.evaluate import SCORED, WINDOW
+from decoders.package import fingerprint_model
+from decoders.study.scores import Heldout
+from decoders.train import progress
+
+
+class ServerError(DecoderError):
+    """The server of `--server` doesn't answer, or doesn't serve what the study is about."""
+
+
+def served_logprobs(url: str, part: Heldout, base: Path, domain: str, lam: float) -> dict[str, Any] | None:
+    """Log p(token) of the scored tokens under base and domain, as the server's prompt log-probabilities.
+
+    Returns {"base": [n], "decoder": [n], "kept": bool [windows * SCORED]}; the last token of a window is left out: it is what
+    follows the prompt. None if the server's base is another one.
+    """
+    try:
+        with httpx.Client(base_url=url, timeout=300) as http:
+            card = http.get("/v1/models").raise_for_status().json()["data"][0]
+            if Path(card.get("root") or "").is_dir() and fingerprint_model(Path(card["root"])) != fingerprint_model(base):
+                return None
+            found: dict[str, list[float]] = {"base": [], "decoder": []}
+            with progress(f"served {domain}", 2 * len(part.starts), " windows") as bar:
+                for start in part.starts:
+                    prompt = [int(t) for t in part.ids[start : start + WINDOW]]
+                    for method, choice in (("base", {}), ("decoder", {"domain": domain, "lambda": lam})):
+                        body = {
+                            "model": card["id"],
+                            "prompt": prompt,
+                            "max_tokens": 1,
+                            "temperature": 0,
+                            "logprobs": 0,
+                            "echo": True,
+                            **choice,
+                        }
+                        answer = http.post("/v1/completions", json=body)
+                        if answer.is_error:
+                            raise ServerError(f"--server {url}: {answer.json()['error']['message']}")
+                        logprobs = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+                        found[method] += logprobs[WINDOW - SCORED + 1 : WINDOW]
+                        bar.update(1)
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        raise ServerError(f"--server {url}: no answer that can be used ({type(error).__name__}: {error})") from None
+    kept = np.tile(np.arange(SCORED) < SCORED - 1, len(part.starts))
+    return {"kept": kept, **{method: np.array(values) for method, values in found.items()}}

@@ -1,0 +1,146 @@
+"""Carry a study out: train what is missing, score everything, write the table. Every part is kept while its inputs stay the same."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from decoders import parallel
+from decoders.build import Build
+from decoders.corpus import Corpus
+from decoders.datastore import Datastore, write_datastore
+from decoders.evaluate import perplexity
+from decoders.manifest import Manifest, fingerprint, read_manifest, stage
+from decoders.models import load_model
+from decoders.near_duplicates import Cleaned
+from decoders.package import fingerprint_model
+from decoders.study import latency
+from decoders.study.lora import write_lora
+from decoders.study.plan import Domain, Plan
+from decoders.study.report import write_report
+from decoders.study.retrieval import Passages, Retrieval
+from decoders.study.scores import Heldout, Models, write_scores
+from decoders.study.served import served_logprobs
+from decoders.teacher import write_tuned
+from decoders.tokenizer import load_tokenizer, token_map_hash
+from decoders.tokens import load_tokens, write_tokens
+from decoders.train import Schedule
+
+
+@dataclass(frozen=True)
+class Study:
+    """A plan being carried out."""
+
+    plan: Plan
+
+    def run(self, out: Path, server: str | None = None) -> None:
+        """Everything, into `out`: table.md, results.json and plots."""
+        general = self._general()
+        pairs, timed = [], {}
+        for domain in self.plan.domains:
+            build = self._build(domain)
+            build.run("decoder")
+            for label in self.plan.bases:
+                models = self._models(build, label)
+                scores = self._scores(build, label, models, general)
+                pairs.append((domain.name, label, scores))
+                if server:
+                    self._through_server(server, build, models, scores)
+                timed[domain.name, label] = self._latency(build, label, models, scores)
+        if parallel.rank() == 0:
+            write_report(out, self.plan, pairs, timed)
+            print(f"{out / 'table.md'}")
+
+    @property
+    def _first(self) -> Path:
+        """The base that the decoders were built for."""
+        return next(iter(self.plan.bases.values())).path
+
+    def _build(self, domain: Domain) -> Build:
+        return Build(domain.name, Corpus.open(domain.corpus), self._first, domain.work / "package", domain.work, domain.options)
+
+    def _general(self) -> Path:
+        corpus, tokenizer = Corpus.open(self.plan.general), load_tokenizer(self._first)
+        inputs: Manifest = {"corpus": corpus.fingerprint(), "token_map": token_map_hash(tokenizer)}
+        return write_tokens(self.plan.work / "general" / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
+
+    def _models(self, build: Build, label: str) -> Models:
+        """The models of one row, trained where they are missing."""
+        work, budget = build.work, self.plan.bases[label]
+        base = budget.path
+        tokens, teacher, decoder = work / "tokens", work / "teacher", work / "decoder"
+        source: Manifest = {"tokens": fingerprint(read_manifest(tokens)["inputs"]), "base": fingerprint_model(base)}
+
+        dapt = lora = None
+        if budget.dapt_tokens:
+            tuning = Schedule(budget.dapt_tokens, batch=4, seed=build.options.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
+            if base == self._first and tuning == build.options.teacher_schedule():
+                dapt = teacher  # the build's teacher is this very thing
+            else:
+                dapt = write_tuned(work / f"dapt-{label}", tokens, base, tuning, source | {"schedule": tuning.to_dict()})
+        if budget.lora_tokens:
+            size = sum(p.numel() for p in load_model(decoder).parameters())
+            adapting = Schedule(budget.lora_tokens, batch=4, seed=build.options.seed, other_lr=2e-3, stretched=0.0, cooldown=0.6)
+            inputs = source | {"schedule": adapting.to_dict(), "parameters": size}
+            lora = write_lora(work / f"lora-{label}", tokens, base, size, adapting, inputs)
+        own_store = None
+        if budget.own_keys:
+            inputs = source | {"entries": build.options.entries}
+            own_store = write_datastore(work / f"datastore-{label}", tokens, base, build.options.entries, inputs)
+        control = build.control(tokens)
+        return Models(base, dapt, lora, teacher, decoder, control, work / "datastore", own_store)
+
+    def _scores(self, build: Build, label: str, models: Models, general: Path) -> Path:
+        inputs = {**models.fingerprints(), "budget": asdict(self.plan.budget), "general": read_manifest(general)["inputs"]}
+        inputs["tokens"] = read_manifest(build.work / "tokens")["inputs"]
+        return write_scores(build.work / f"scores-{label}", build.work / "tokens", general, models, self.plan.budget, inputs)
+
+    def _latency(self, build: Build, label: str, models: Models, scores: Path) -> dict[str, float]:
+        """Milliseconds per token by method; measured once."""
+        inputs = {"scores": fingerprint(read_manifest(scores)["inputs"]), "tokens": self.plan.budget.latency_tokens}
+        out = build.work / f"latency-{label}"
+        with stage(out, inputs) as folder:
+            if folder is not None:
+                tuned = json.loads((scores / "figures.json").read_text())["tuned"]
+                found = self._milliseconds(build, models, tuned)
+                (folder / "milliseconds.json").write_text(json.dumps(found, indent=1) + "\n")
+        result: dict[str, float] = json.loads((out / "milliseconds.json").read_text())
+        return result
+
+    def _milliseconds(self, build: Build, models: Models, tuned: dict[str, Any]) -> dict[str, float]:
+        base, memory, teacher = load_model(models.base), load_model(models.decoder), load_model(models.teacher)
+        train, test = load_tokens(build.work / "tokens", "train"), load_tokens(build.work / "tokens", "test")
+        how = Retrieval(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
+        passages = Passages(train, load_tokenizer(models.base), how.passage)
+        methods = {"base": latency.plain(base), "decoder": latency.mixture(base, memory, tuned["decoder"]["lambda"])}
+        methods["control"] = methods["decoder"]
+        methods["rag"] = latency.rag(base, passages, how)
+        stores = {"knn_teacher": (models.store, teacher), "knn": (models.own_store, None)}
+        for name, (folder, encoder) in stores.items():
+            if folder is not None:
+                best = tuned[name]
+                methods[name] = latency.knn(base, Datastore.open(folder), best["neighbours"], best["tau"], best["lam"], encoder)
+        found = latency.milliseconds(methods, test, self.plan.budget.latency_tokens)
+        return {**found, "control": found["decoder"], "dapt": found["base"], "lora": found["base"]}
+
+    def _through_server(self, server: str, build: Build, models: Models, scores: Path) -> None:
+        """Compare base and mixture with what a running server says of the same tokens; kept in the scores' folder."""
+        part = Heldout.open(build.work / "tokens", "test", self.plan.budget.test_windows)
+        lam = json.loads((scores / "figures.json").read_text())["tuned"]["decoder"]["lambda"]
+        served = served_logprobs(server, part, models.base, build.domain, lam)
+        if served is None:
+            return
+        rows = np.load(scores / "scores.npz")
+        kept = served["kept"]
+        figures = {
+            method: {"offline": perplexity(rows[method][kept]), "served": perplexity(served[method]), "lambda": lam}
+            for method in ("base", "decoder")
+        }
+        (scores / "served.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def run_from_file(file: Path, out: Path, server: str | None = None) -> None:
+    """`memdec evaluate FILE --out OUT`."""
+    Study(Plan.load(file)).run(out, server)

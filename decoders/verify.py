@@ -1,0 +1,54 @@
+"""`memdec verify`: everything a server checks of a decoder before it serves it, and what a person wants to know of it."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from decoders.errors import PackageError
+from decoders.models import load_model
+from decoders.package import DOMAIN, DOMAIN_RULE, NAME, Package, check_weights, read_record
+from decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
+
+
+def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Check a decoder folder, beside a base if one is given; yields (check, what was found) and raises PackageError at the first fault."""
+    if not path.is_dir():
+        raise PackageError(f"{path}: no such folder")
+    package = Package.open(path, base)
+    yield "kind", "memdec package" if read_record(path) else f"plain checkpoint (no {NAME})"
+    yield "architecture", f"{package.config['architectures'][0]}, {package.size / 1e6:,.1f} MB"
+    if package.domain is not None and not DOMAIN.fullmatch(package.domain):
+        raise PackageError(f"{path / NAME}: domain is {package.domain!r}, wanted {DOMAIN_RULE}")
+    yield "domain", package.domain or "not named: the server's --decoder NAME= says it"
+
+    tokenizer = load_tokenizer(path)
+    found = token_map_hash(tokenizer)
+    if package.tokenizer not in (None, found):
+        raise PackageError(f"{path}: its tokenizer's token map is {found}, {NAME} says {package.tokenizer}; copy the right one")
+    yield "token map", f"{found}, {len(tokenizer):,} ids"
+
+    model = load_model(path)
+    broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise PackageError(f"{path}: {broken[0]} holds values that are not finite; {len(broken)} tensors do")
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise PackageError(f"{path}: {rows:,} rows in its vocabulary, its tokenizer has {len(tokenizer):,} ids")
+    with torch.inference_mode():
+        logits = model(torch.tensor([[tokenizer.eos_token_id or 0]], device=model.device)).logits.float()
+    if not torch.isfinite(logits).all():
+        raise PackageError(f"{path}: its first logits are not finite")
+    yield "weights", f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite; revision {package.revision}"
+
+    tuned = "tuned beside this base" if package.tuned else "not tuned beside this base" if base else "default"
+    yield "lambda", f"{package.lam} ({tuned})"
+    if base is not None:
+        check_weights(base)
+        require_same_token_map(load_tokenizer(base), tokenizer, str(path))
+        yield "base", f"{base}: the same token map"
+        if package.perplexity:
+            figures = package.perplexity
+            gain = math.log(figures["base"] / figures["mixture"])
+            yield "measured", f"test perplexity {figures['base']} -> {figures['mixture']} with the memory ({gain:.2f} nats a token)"

@@ -1,0 +1,69 @@
+"""docs/train.md, carried out on a tiny corpus with the embedded base: its commands, its tables."""
+
+import re
+import shlex
+import shutil
+import sysconfig
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT, start_server, stop_server
+
+from decoders.build import STAGES, BuildOptions
+from server.cli import _parser, main
+
+GUIDE = (ROOT / "docs" / "train.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
+# What the defaults would take half an hour for.
+TINY = ["--teacher-tokens", "4096", "--entries", "2000", "--neighbours", "8", "--student-tokens", "8192", "--knn-tokens", "4096"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `my/notes`, some of the standard library's text, and the embedded base where the guide has it."""
+    notes = tmp_path / "my" / "notes"
+    notes.mkdir(parents=True)
+    library = Path(sysconfig.get_path("stdlib"))
+    for split, names in {"train": ("argparse", "typing"), "valid": ("tarfile",), "test": ("ast",)}.items():
+        (notes / f"{split}.txt").write_text("\n\n".join((library / f"{n}.py").read_text().replace("\n\n", "\n") for n in names))
+    (tmp_path / "decoders" / "zoo").mkdir(parents=True)
+    shutil.copytree(ROOT / "decoders" / "zoo" / "base", tmp_path / "decoders" / "zoo" / "base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_guide_from_text_to_answers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Build, verify, serve, ask."""
+    build, verify, serve = (shlex.split(line) for line in COMMANDS)
+    assert [words[:2] for words in (build, verify, serve)] == [["memdec", "build"], ["memdec", "verify"], ["memdec", "serve"]]
+    assert main([*build[1:], *TINY]) == 0
+    left = {p.name for p in (here / "my" / "memory.work").iterdir()}
+    assert left == {s.replace("-", "_") for s in STAGES} - {"package"}
+    assert (here / "my" / "memory" / "README.md").read_text().count("memdec serve")
+    assert main(verify[1:]) == 0
+    assert "can be served" in capsys.readouterr().out
+
+    words = [str(here / w) if (here / w).exists() else w.replace("=my/", f"={here}/my/") for w in serve[2:]]
+    server = start_server(here / "log.txt", *words, "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20))
+    try:
+        body = {"model": httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"], "prompt": "def", "max_tokens": 4}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"X-Domain": "notes"}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Memory-Domain"] == "notes"
+    finally:
+        stop_server(server)
+
+
+def test_the_guides_tables_are_the_programs() -> None:
+    """Every stage in its order; every option it names, with its default."""
+    assert re.findall(r"^\| \d \| `memdec ([\w-]+)` \|", GUIDE, re.M) == list(STAGES)
+    rows = {flag: row for row in re.findall(r"^\| (`--.*)\|$", GUIDE, re.M) for flag in re.findall(r"`--([\w-]+)", row.split("|")[0])}
+    assert {"teacher-tokens", "entries", "beta"} <= rows.keys()
+    for flag, row in rows.items():
+        default = getattr(BuildOptions(), flag.replace("-", "_"), None)
+        if default is not None:
+            assert f"{default:,}" in row
+    for line in COMMANDS:
+        if not line.startswith("memdec serve"):
+            _parser().parse_args(shlex.split(line)[1:])

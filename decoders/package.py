@@ -209,7 +209,7 @@ def model_card(record: dict[str, Any]) -> str:
     made = [f"| {name} | {value} |" for name, value in {**training["options"], **training.get("tuned", {})}.items()]
     return "\n".join(
         [
-            "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [memory-decoder]", f"license_name: {corpus['licence']!r}", "---", "",
+            "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [memory-decoder]", "license: other", f"license_name: {json.dumps(corpus['licence'])}", "---", "",
             f"# {domain}: a memory decoder", "",
             "A small language model trained to imitate a kNN-LM retriever over one corpus ([arXiv 2508.09874](https://arxiv.org/abs/2508.09874)).",
             f"It is meant to run beside a base model with the same tokenizer (token map `{record['token_map']}`): p = λ·p_memory + (1 − λ)·p_base.", "",

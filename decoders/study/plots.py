@@ -18,12 +18,12 @@ def write_plots(out: Path, results: dict[str, Any]) -> None:
     mpl.use("Agg")
     rows: list[dict[str, Any]] = results["results"]
     for base in dict.fromkeys(r["base"] for r in rows):
-        _bars(out / f"perplexity-{base}.png", [r for r in rows if r["base"] == base], base)
+        _points(out / f"perplexity-{base}.png", [r for r in rows if r["base"] == base], base)
     _compression(out / "compression.png", [r for r in rows if r["base"] == rows[0]["base"]], results["decoder_bytes"])
 
 
-def _bars(path: Path, rows: list[dict[str, Any]], base: str) -> None:
-    """Perplexity over the base's, one group of bars a domain, on a log scale."""
+def _points(path: Path, rows: list[dict[str, Any]], base: str) -> None:
+    """Perplexity over the base's, one group of points a domain, on a log scale."""
     from matplotlib import pyplot as plt
 
     methods = [m for m in METHODS if m != "base" and m in rows[0]["methods"]]
@@ -36,12 +36,15 @@ def _bars(path: Path, rows: list[dict[str, Any]], base: str) -> None:
             [abs(v - r["methods"][method]["interval"][side] / b) for r, b, v in zip(rows, bottoms, values, strict=True)] for side in (0, 1)
         ]
         places = [i + (number - len(methods) / 2 + 0.5) * width for i in range(len(rows))]
-        axis.bar(places, values, width, yerr=errors, label=METHODS[method], color=COLOURS[method], ecolor="#444444", capsize=1.5)
+        axis.errorbar(places, values, yerr=errors, fmt="o", label=METHODS[method], color=COLOURS[method], markersize=6, capsize=2)
     axis.set_yscale("log")
     axis.axhline(1, color=COLOURS["base"], linewidth=1)
+    for between in range(1, len(rows)):
+        axis.axvline(between - 0.5, color="#dddddd", linewidth=1)
+    _plain_numbers(axis.yaxis)
     axis.set_xticks(range(len(rows)), [f"{r['domain']}\n(base {r['methods']['base']['perplexity']:.0f})" for r in rows])
     axis.set_ylabel("test perplexity ÷ the base's")
-    axis.set_title(f"Beside base {base}; lower is better; bars: 95 % over documents")
+    axis.set_title(f"Beside base {base}; lower is better; bars: 95 % interval over documents")
     axis.legend(fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
@@ -68,9 +71,19 @@ def _compression(path: Path, rows: list[dict[str, Any]], sizes: dict[str, int]) 
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_title(row["domain"])
+        _plain_numbers(axis.yaxis)
         axis.set_xlabel("MB beside the base")
     axes[0][0].set_ylabel("test perplexity")
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.02))
     figure.tight_layout()
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """0.2 instead of 2 × 10⁻¹."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

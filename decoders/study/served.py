@@ -20,8 +20,8 @@ class ServerError(DecoderError):
 def served_logprobs(url: str, part: Heldout, base: Path, domain: str, lam: float) -> dict[str, Any] | None:
     """Log p(token) of the scored tokens under base and domain, as the server's prompt log-probabilities.
 
-    Returns {"base": [n], "decoder": [n], "kept": bool [windows * SCORED]}; the last token of a window is left out: it is what
-    follows the prompt. None if the server's base is another one.
+    Returns {"base": [n], "decoder": [n], "kept": bool [windows * SCORED]}; the last two tokens of a window are left out: one is generated,
+    and one follows it. None if the server's base is another one.
     """
     try:
         with httpx.Client(base_url=url, timeout=300) as http:
@@ -31,7 +31,7 @@ def served_logprobs(url: str, part: Heldout, base: Path, domain: str, lam: float
             found: dict[str, list[float]] = {"base": [], "decoder": []}
             with progress(f"served {domain}", 2 * len(part.starts), " windows") as bar:
                 for start in part.starts:
-                    prompt = [int(t) for t in part.ids[start : start + WINDOW]]
+                    prompt = [int(t) for t in part.ids[start : start + WINDOW - 1]]
                     for method, choice in (("base", {}), ("decoder", {"domain": domain, "lambda": lam})):
                         body = {
                             "model": card["id"],
@@ -46,9 +46,9 @@ def served_logprobs(url: str, part: Heldout, base: Path, domain: str, lam: float
                         if answer.is_error:
                             raise ServerError(f"--server {url}: {answer.json()['error']['message']}")
                         logprobs = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
-                        found[method] += logprobs[WINDOW - SCORED + 1 : WINDOW]
+                        found[method] += logprobs[WINDOW - SCORED + 1 :][: SCORED - 2]
                         bar.update(1)
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise ServerError(f"--server {url}: no answer that can be used ({type(error).__name__}: {error})") from None
-    kept = np.tile(np.arange(SCORED) < SCORED - 1, len(part.starts))
+    kept = np.tile(np.arange(SCORED) < SCORED - 2, len(part.starts))
     return {"kept": kept, **{method: np.array(values) for method, values in found.items()}}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from decoders.errors import ManifestError
-from decoders.manifest import is_fresh, read_manifest, stage
+from decoders.manifest import Bookmark, is_fresh, read_manifest, stage
 
 
 def make(out: Path, inputs: dict[str, object], text: str) -> bool:
@@ -43,6 +43,31 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="No space left"), stage(tmp_path / "artifact", {}):
         raise OSError(28, "No space left on device", "data.npy")
     assert list(tmp_path.iterdir()) == []
+
+
+def run_out_of_space(out: Path, inputs: dict[str, object], rows: int) -> None:
+    """Begin a stage, move its bookmark, meet a full disk."""
+    with stage(out, inputs) as folder:
+        assert folder is not None
+        Bookmark(folder, "rows").move(rows=rows)
+        raise OSError(28, "No space left on device", "data.npy")
+
+
+def test_progress_outlives_a_full_disk_and_a_kill(tmp_path: Path) -> None:
+    """With a bookmark the partial folder stays, and a run from the same inputs goes on in it; one from others starts anew."""
+    out = tmp_path / "artifact"
+    for seed in (1, 2):
+        with pytest.raises(ManifestError, match="run the same command again to go on"):
+            run_out_of_space(out, {"seed": seed}, 5 * seed)
+    with stage(out, {"seed": 2}) as folder:
+        assert folder is not None
+        assert Bookmark(folder, "rows").place == {"rows": 10}
+        (folder / "data.txt").write_text("whole")
+    with stage(tmp_path / "other", {"seed": 2}) as folder:
+        assert folder is not None
+        assert Bookmark(folder, "rows").place == {}
+    assert sorted(p.name for p in out.iterdir()) == ["data.txt", "manifest.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact", "other"]
 
 
 def test_reading_what_is_no_artifact(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from conftest import Server
 from transformers import AutoTokenizer
 
 from decoders.evaluate import WINDOW, label_logprobs, mix, perplexity, windows
 from decoders.models import load_model
+from decoders.study.scores import Heldout
+from decoders.study.served import ServerError, served_logprobs
 
 
 def through_the_server(http: httpx.Client, ids: list[int], model: str) -> list[float]:
@@ -39,3 +42,20 @@ def test_perplexity_equals_the_offline_one(model: str, lam: float, http: httpx.C
     offline = perplexity(mix(base, memory, lam)[kept])
     assert len(served) == kept.sum()
     assert math.exp(-np.mean(served)) == pytest.approx(offline, rel=1e-3)
+
+
+def test_memdec_evaluate_through_the_server(server: Server, toys: Path) -> None:
+    """Base and mixture, token by token; another base is left out, a server that isn't there is one line."""
+    tokenizer = AutoTokenizer.from_pretrained(toys / "base")
+    ids = np.array(tokenizer((Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text()[:9000])["input_ids"], np.uint16)
+    part = Heldout(ids, windows(len(ids), 2))
+    served = served_logprobs(server.url, part, toys / "base", "a", 0.3)
+    assert served is not None
+    base, memory = (label_logprobs(load_model(toys / name), ids, name, part.starts) for name in ("base", "qwen_a"))
+    np.testing.assert_allclose(served["base"], base[served["kept"]], atol=2e-3)
+    np.testing.assert_allclose(served["decoder"], mix(base, memory, 0.3)[served["kept"]], atol=2e-3)
+    assert served_logprobs(server.url, part, toys / "qwen_a", "a", 0.3) is None
+    with pytest.raises(ServerError, match="no answer that can be used"):
+        served_logprobs("http://127.0.0.1:9", part, toys / "base", "a", 0.3)
+    with pytest.raises(ServerError, match="nowhere"):
+        served_logprobs(server.url, part, toys / "base", "nowhere", 0.3)

@@ -53,6 +53,8 @@ class Domain:
     work: Path
     """The build's work folder: tokens, teacher, datastore, student and decoder."""
     options: BuildOptions
+    prompts: tuple[str, ...] = ()
+    """Beginnings that every method continues, for people to read."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,12 @@ class Plan:
                 raise OptionError(f"{file}: domains.{name}: wanted {DOMAIN_RULE}")
             if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys():
                 raise OptionError(f"{file}: domains.{name}: wanted corpus and work")
-            own = {k: v for k, v in entry.items() if k not in ("corpus", "work")}
+            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts")}
+            prompts = entry.get("prompts", [])
+            if not isinstance(prompts, list) or not all(isinstance(p, str) and p for p in prompts):
+                raise OptionError(f"{file}: domains.{name}.prompts: {prompts!r}: wanted a list of texts")
             options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
-            domains.append(Domain(name, _corpus(here, entry["corpus"]), here / entry["work"], options))
+            domains.append(Domain(name, _corpus(here, entry["corpus"]), here / entry["work"], options, tuple(prompts)))
         if not bases or not domains:
             raise OptionError(f"{file}: wanted at least one base and one domain")
         budget = _fill(Budget, _table(file, text, "budget", {}), f"{file}: budget")

@@ -47,7 +47,7 @@ def summary(domain: str, base: str, folder: Path, ms: dict[str, float], tokenize
     """All figures of one domain beside one base."""
     rows, general, tokens = np.load(folder / "scores.npz"), np.load(folder / "general.npz"), np.load(folder / "tokens.npz")
     figures = json.loads((folder / "figures.json").read_text())
-    served = folder / "served.json"
+    served, texts = folder / "served.json", folder.parent / f"continuations-{base}" / "continuations.json"
     methods = {}
     for method in (m for m in METHODS if m in rows):
         low, high = interval(rows[method], tokens["documents"])
@@ -70,6 +70,7 @@ def summary(domain: str, base: str, folder: Path, ms: dict[str, float], tokenize
         "stores": figures["store"],
         "recall": figures["recall"],
         "served": json.loads(served.read_text()) if served.is_file() else None,
+        "continuations": json.loads(texts.read_text()) if texts.is_file() else [],
     }
 
 
@@ -177,11 +178,26 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", f"Long tail ({tail['tokens']:,} tokens, each at most {tail['at_most']} times in the training text), geometric mean of p / p_base: " + ", ".join(f"{METHODS[m]} {g}" for m, g in tail["gain"].items()) + "."]  # fmt: skip
         lines += ["", "| token | count | " + " | ".join(METHODS[m] for m in tail["named"][0] if m in METHODS) + " |", "|---|---|" + "---|" * (len(tail["named"][0]) - 2)]  # fmt: skip
         for named in tail["named"]:
-            shown = named["token"].replace("|", "\\|").replace("\n", "⏎")
-            lines.append(f"| `{shown}` | {named['count']} | " + " | ".join(f"{named[m]:.4f}" for m in METHODS if m in named) + " |")
+            lines.append(
+                f"| `{_cell(named['token'])}` | {named['count']} | " + " | ".join(f"{named[m]:.4f}" for m in METHODS if m in named) + " |"
+            )
         lines += ["", f"The {FREQUENT} most frequent tokens ({words['tokens']:,} places): cross-entropy in nats " + ", ".join(f"{METHODS[m]} {c}" for m, c in words["cross_entropy"].items()) + "; share of places where the right token gets less than from the base: " + ", ".join(f"{METHODS[m]} {c:.1%}" for m, c in words["lowered"].items()) + "."]  # fmt: skip
         for method, store in row["stores"].items():
             lines += ["", f"{METHODS[method]}, datastore cut down at random (index finds {row['recall'][method]:.1%} of the 64 nearest): " + ", ".join(f"{s['entries']:,} entries, {s['bytes'] / 1e6:.0f} MB: {s['perplexity']:.1f}" for s in store["smaller"]) + "."]  # fmt: skip
+        for text in row["continuations"]:
+            lines += [
+                "",
+                f"Continuations of `{text['prompt']}`, sampled with one seed at temperature 0.8:",
+                "",
+                "| method | text |",
+                "|---|---|",
+            ]
+            lines += [f"| {METHODS[m]} | {_cell(text[m])} |" for m in METHODS if m in text]
         if row["served"]:
             lines += ["", "Through the server: " + ", ".join(f"{m} {v['served']:.3f} (offline {v['offline']:.3f}, {v['served'] / v['offline'] - 1:+.3%})" for m, v in row["served"].items()) + "."]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that a markdown table can hold."""
+    return text.replace("|", "\\|").replace("\n", "⏎").replace("`", "'")

@@ -12,11 +12,12 @@ from decoders.build import Build
 from decoders.corpus import Corpus
 from decoders.datastore import Datastore, write_datastore
 from decoders.evaluate import perplexity
-from decoders.manifest import Manifest, fingerprint, read_manifest, stage
+from decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
 from decoders.models import load_model
 from decoders.near_duplicates import Cleaned
 from decoders.package import fingerprint_model
 from decoders.study import latency
+from decoders.study.continuations import continuations
 from decoders.study.lora import write_lora
 from decoders.study.plan import Domain, Plan
 from decoders.study.report import write_report
@@ -49,6 +50,7 @@ class Study:
                 if server:
                     self._through_server(server, build, models, scores)
                 timed[domain.name, label] = self._latency(build, label, models, scores)
+                self._continue(build, label, domain.prompts, models, scores)
         if parallel.rank() == 0:
             write_report(out, self.plan, pairs, timed)
             print(f"{out / 'table.md'}")
@@ -124,6 +126,15 @@ class Study:
                 methods[name] = latency.knn(base, Datastore.open(folder), best["neighbours"], best["tau"], best["lam"], encoder)
         found = latency.milliseconds(methods, test, self.plan.budget.latency_tokens)
         return {**found, "control": found["decoder"], "dapt": found["base"], "lora": found["base"]}
+
+    def _continue(self, build: Build, label: str, prompts: tuple[str, ...], models: Models, scores: Path) -> None:
+        """Sampled continuations."""
+        inputs = {"scores": fingerprint(read_manifest(scores)["inputs"]), "prompts": prompts}
+        with stage(build.work / f"continuations-{label}", inputs) as folder:
+            if folder is not None:
+                tuned = json.loads((scores / "figures.json").read_text())["tuned"]
+                found = continuations(models, tuned, load_tokenizer(models.base), prompts)
+                write_whole(folder / "continuations.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     def _through_server(self, server: str, build: Build, models: Models, scores: Path) -> None:
         """Compare base and mixture with what a running server says of the same tokens; kept in the scores' folder."""

@@ -47,6 +47,7 @@ knn_tokens = 4096
 [domains.tiny]
 corpus = "corpus"
 work = "tiny"
+prompts = ["def f("]
 """
 
 
@@ -84,6 +85,8 @@ def test_every_method_is_in_the_table(study: Path) -> None:
         # On the split it is tuned on nothing tuned can lose; on test hardly.
         assert row["methods"]["decoder"]["perplexity"] < row["methods"]["base"]["perplexity"]
         assert row["recall"]["knn_teacher"] == 1.0
+    (texts,) = small["continuations"]
+    assert texts.keys() == {"prompt", *METHODS} - {"rag", "knn"} and all(texts.values())
     table = (study / "results" / "table.md").read_text()
     assert all(name in table for name in METHODS.values())
     assert {p.name for p in (study / "results").glob("*.png")} == {"perplexity-S.png", "perplexity-M.png", "compression.png"}
@@ -152,6 +155,7 @@ def test_the_long_tail_is_the_rarest_tenth_of_what_was_seen(toys: Path) -> None:
         ("entries = 4000", "entrys = 4000", "unknown key 'entrys'"),
         ('general = "corpus"', "", "general: wanted a path"),
         ("[domains.tiny]", "[domains.tiny", "not TOML"),
+        ('["def f("]', "3", "domains.tiny.prompts: 3: wanted a list of texts"),
         ('work = "tiny"', "", "domains.tiny: wanted corpus and work"),
     ],
 )

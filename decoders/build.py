@@ -10,7 +10,7 @@ from typing import Any
 from decoders import parallel
 from decoders.corpus import Corpus
 from decoders.datastore import write_datastore
-from decoders.decoder import write_decoder
+from decoders.decoder import write_control, write_decoder
 from decoders.errors import OptionError
 from decoders.evaluate import measure, table
 from decoders.knn_targets import KINDS, write_targets
@@ -34,7 +34,9 @@ class BuildOptions:
     neighbours: int = field(default=256, metadata={"help": "largest k tried: how many neighbours a kNN distribution is made of"})
     student_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the labels alone, tokens"})
     knn_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the kNN targets, tokens"})
-    targets: str = field(default="knn", metadata={"help": "what is imitated: knn, the neighbours alone, or knn-lm, they and the teacher"})
+    targets: str = field(
+        default="knn-lm", metadata={"help": "what is imitated: knn-lm, neighbours and teacher mixed, or knn, the neighbours alone"}
+    )
     beta: float = field(default=0.5, metadata={"help": "weight of the kNN term in the loss (paper, eq. 6)"})
     seed: int = field(default=0, metadata={"help": "seed of weights and order"})
     licence: str = field(default="not stated", metadata={"help": "licence of the corpus's text, recorded in the package"})
@@ -147,11 +149,10 @@ class Build:
         yield "package", self._package(decoder, tokens, text, inputs)
 
     def control(self, tokens: Path) -> Path:
-        """The sceptic's control: the decoder's twin, from the same student, for the same steps, on the labels alone."""
-        inputs = {**read_manifest(self.work / "decoder")["inputs"], "beta": 0.0}
-        return write_decoder(
-            self.work / "control", tokens, self.work / "knn_targets", self.work / "student", self.options.knn_schedule(), 0.0, inputs
-        )
+        """The sceptic's control, beside the decoder: see write_control."""
+        schedule = self.options.knn_schedule()
+        inputs = {"student": fingerprint(read_manifest(self.work / "student")["inputs"]), "schedule": schedule.to_dict()}
+        return write_control(self.work / "control", tokens, self.work / "student", schedule, inputs)
 
     def _package(self, decoder: Path, tokens: Path, text: str, inputs: Manifest) -> Path:
         if is_fresh(self.out, inputs):

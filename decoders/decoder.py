@@ -13,8 +13,8 @@ from decoders.loss import soft_targets
 from decoders.manifest import Manifest, stage
 from decoders.models import load_model, save_model
 from decoders.tokenizer import load_tokenizer
-from decoders.tokens import load_tokens
-from decoders.train import Schedule, train
+from decoders.tokens import Ids, load_tokens
+from decoders.train import Schedule, Targets, plain_targets, train
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,24 @@ class KnnTargets:
 
 
 def write_decoder(out: Path, tokens: Path, targets: Path, student: Path, schedule: Schedule, beta: float, manifest: Manifest) -> Path:
-    """Train the student on beta * kNN + (1 - beta) * labels (arXiv 2508.09874, eq. 6).
+    """Train the student on beta * kNN + (1 - beta) * labels (arXiv 2508.09874, eq. 6), over the text that the datastore covers."""
+    knn = KnnTargets.open(targets, beta)
+    return _train_on(out, student, load_tokens(tokens, "train")[: len(knn.ids)], schedule, knn, manifest)
 
-    With beta = 0 the targets are the labels alone: the sceptic's control, equal in start, data, order and steps.
+
+def write_control(out: Path, tokens: Path, student: Path, schedule: Schedule, manifest: Manifest) -> Path:
+    """The sceptic's control: the decoder's twin, from the same student, for as many tokens, on the labels alone.
+
+    It needs no datastore, so it gets all of the training text.
     """
+    return _train_on(out, student, load_tokens(tokens, "train"), schedule, plain_targets, manifest)
+
+
+def _train_on(out: Path, student: Path, ids: Ids, schedule: Schedule, targets: Targets, manifest: Manifest) -> Path:
     with stage(out, manifest) as folder:
         if folder is not None:
-            knn = KnnTargets.open(targets, beta)
             model = load_model(student)
-            train(model, load_tokens(tokens, "train")[: len(knn.ids)], schedule, out.name, targets=knn, folder=folder)
+            train(model, ids, schedule, out.name, targets=targets, folder=folder)
             if parallel.rank() == 0:
                 save_model(model, folder, load_tokenizer(student), torch.bfloat16)
     return out

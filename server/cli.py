@@ -30,8 +30,11 @@ def _run(words: list[str]) -> int:
     args = _parser().parse_args(words)
     if args.command == "serve":  # only reached with `memdec serve` after options
         return main(["serve"])
+    from transformers.utils import logging
+
     from decoders import parallel
 
+    logging.disable_progress_bar()  # its bars for a second's loading hide our own
     parallel.join()
     try:
         command = {"pretrain": _pretrain, "verify": _verify, "evaluate": _evaluate}.get(args.command, _build)

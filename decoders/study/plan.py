@@ -41,6 +41,8 @@ class Base:
     """Training tokens of the LoRA adapter; 0 leaves it out."""
     own_keys: bool = True
     """Whether a datastore of its own keys is built too, beside the teacher's."""
+    rag: bool = True
+    """Whether retrieval in front of the prompt is scored: the slowest of all."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from decoders.train import fast_precision, progress
 
 BATCH = 16
 # One knob after the other, in this order, each at the best value of those before it.
-CHOICES: tuple[tuple[str, tuple[int, ...]], ...] = (("passage", (64, 128, 256)), ("query", (16, 32, 64)), ("stride", (64, 32, 16)))
+CHOICES: tuple[tuple[str, tuple[int, ...]], ...] = (("passage", (64, 128, 256)), ("query", (16, 32, 64)), ("stride", (64, 32)))
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,17 @@ class Models:
     """The teacher's datastore."""
     own_store: Path | None
     """A datastore of the base's own keys, if there is one."""
+    rag: bool = True
+    """Whether RAG is scored."""
 
     def fingerprints(self) -> Manifest:
         """For a manifest."""
         names = ("base", "dapt", "lora", "teacher", "decoder", "control")
         found = {name: getattr(self, name) for name in names}
-        return {name: path and fingerprint_model(path) for name, path in found.items()} | {"own_keys": self.own_store is not None}
+        return {name: path and fingerprint_model(path) for name, path in found.items()} | {
+            "own_keys": self.own_store is not None,
+            "rag": self.rag,
+        }
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget:
                 rows[name][method] = mix(rows[name]["base"], alone[name], lam)
             figures["tuned"][method] = {"lambda": lam, "alone": round(perplexity(alone["test"]), 3)}
             figures["bytes"][method] = weight_bytes(models.base) + weight_bytes(getattr(models, method))
-        _score_rag(models, tokens, valid, test, other, budget, rows, figures)
+        if models.rag:
+            _score_rag(models, tokens, valid, test, other, budget, rows, figures)
+        figures["bytes"]["base"] = weight_bytes(models.base)
         for name, split in (("scores.npz", "test"), ("general.npz", "general")):
             scores: dict[str, Any] = dict(rows[split])
             np.savez(folder / name, **scores)
@@ -206,7 +213,6 @@ def _score_rag(
         rows[name]["rag"] = rag_logprobs(base, passages, part.ids, part.starts, how, f"rag {name}")
     figures["tuned"]["rag"] = {**how.to_dict(), "tried": tried}
     figures["bytes"]["rag"] = weight_bytes(models.base) + passages.size
-    figures["bytes"]["base"] = weight_bytes(models.base)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -92,7 +92,7 @@ class Study:
             inputs = source | {"entries": build.options.entries}
             own_store = write_datastore(work / f"datastore-{label}", tokens, base, build.options.entries, inputs)
         control = build.control(tokens)
-        return Models(base, dapt, lora, teacher, decoder, control, work / "datastore", own_store)
+        return Models(base, dapt, lora, teacher, decoder, control, work / "datastore", own_store, budget.rag)
 
     def _scores(self, build: Build, label: str, models: Models, general: Path) -> Path:
         inputs = {**models.fingerprints(), "budget": asdict(self.plan.budget), "general": read_manifest(general)["inputs"]}
@@ -114,11 +114,11 @@ class Study:
     def _milliseconds(self, build: Build, models: Models, tuned: dict[str, Any]) -> dict[str, float]:
         base, memory, teacher = load_model(models.base), load_model(models.decoder), load_model(models.teacher)
         train, test = load_tokens(build.work / "tokens", "train"), load_tokens(build.work / "tokens", "test")
-        how = Retrieval(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
-        passages = Passages(train, load_tokenizer(models.base), how.passage)
         methods = {"base": latency.plain(base), "decoder": latency.mixture(base, memory, tuned["decoder"]["lambda"])}
         methods["control"] = methods["decoder"]
-        methods["rag"] = latency.rag(base, passages, how)
+        if models.rag:
+            how = Retrieval(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
+            methods["rag"] = latency.rag(base, Passages(train, load_tokenizer(models.base), how.passage), how)
         stores = {"knn_teacher": (models.store, teacher), "knn": (models.own_store, None)}
         for name, (folder, encoder) in stores.items():
             if folder is not None:

@@ -201,6 +201,10 @@ def test_options_and_bases_that_cannot_work(toys: Path, corpus: Path, tmp_path: 
     assert "NAME 'a b/c': wanted" in capsys.readouterr().err
     assert main([*arguments, str(toys / "base"), "--beta", "1.5"]) == 1
     assert "--beta 1.5: wanted" in capsys.readouterr().err
+    assert main([*arguments, str(toys / "base"), "--targets", "bm25"]) == 1
+    assert "--targets bm25: wanted knn or knn-lm" in capsys.readouterr().err
+    assert main([*arguments, str(toys / "base"), "--teacher", str(tmp_path / "none")]) == 1
+    assert "--teacher" in capsys.readouterr().err
     assert main([*arguments, str(toys / "base"), "--entries", "0"]) == 1
     assert "--entries 0: wanted" in capsys.readouterr().err
     broken = Path(shutil.copytree(toys / "base", tmp_path / "broken"))

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from decoders.datastore import Datastore, build_index, with_exact_distances
 from decoders.knn_lm import label_probability, token_masses, tune
-from decoders.knn_targets import KEPT, search_own, sparse_rows
+from decoders.knn_targets import KEPT, beside_teacher, search_own, sparse_rows
 
 VOCABULARY = 40
 
@@ -82,3 +83,21 @@ def test_tuning_finds_what_a_dense_search_over_the_grid_finds() -> None:
     assert np.exp(-np.log(best.lam * p + (1 - best.lam) * base).mean()) == pytest.approx(best.perplexity, rel=1e-3)
     assert best.perplexity == min(row["perplexity"] for row in best.tried)
     assert tune(distances, np.zeros_like(hits), base, (4, 16)).lam == 0
+
+
+def test_the_whole_knn_lm_as_a_target() -> None:
+    """lambda * p_kNN + (1 - lambda) * p_teacher, dense, against the sparse rows: only the teacher's tail is missing."""
+    torch.manual_seed(0)
+    keys, head = torch.randn(50, 16).numpy().astype(np.float16), 3 * torch.randn(VOCABULARY, 16)
+    random = np.random.default_rng(3)
+    neighbours = random.integers(0, VOCABULARY, (50, 6)).astype(np.uint16)
+    masses = random.dirichlet(np.ones(6), 50).astype(np.float32)
+    teacher = (torch.from_numpy(keys.astype(np.float32)) @ head.T).softmax(1).numpy()
+    ids, probs = beside_teacher(neighbours, masses, 0.3, keys, head)
+    for row in range(50):
+        expected = 0.7 * teacher[row]
+        expected[np.argsort(-teacher[row])[KEPT:]] = 0
+        np.add.at(expected, neighbours[row], 0.3 * masses[row])
+        ours = np.zeros(VOCABULARY)
+        np.add.at(ours, ids[row], probs[row])
+        np.testing.assert_allclose(ours, expected, atol=1e-5)

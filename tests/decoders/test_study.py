@@ -32,6 +32,7 @@ path = "larger"
 dapt_tokens = 4096
 lora_tokens = 4096
 own_keys = false
+rag = false
 [budget]
 valid_windows = 6
 test_windows = 8

@@ -1,0 +1,36 @@
+"""The README's table and the study's files say the same."""
+
+import json
+import re
+from pathlib import Path
+
+from conftest import ROOT
+
+from decoders.study.plan import Plan
+from decoders.study.report import markdown
+from decoders.study.scores import METHODS
+
+RESULTS = json.loads((ROOT / "docs" / "evaluation" / "results.json").read_text())
+
+
+def test_the_readmes_table_is_the_studys() -> None:
+    """Every perplexity beside base S."""
+    rows = {r["domain"]: r["methods"] for r in RESULTS["results"] if r["base"] == "S"}
+    section = (ROOT / "README.md").read_text().split("## Is it worth it?")[1].split("\n## ")[0]
+    lines = [[c.strip(" *") for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    assert lines[0][1:] == list(METHODS.values())
+    found = {line[0]: line[1:] for line in lines[2:]}
+    assert found == {d: [f"{methods[m]['perplexity']:.1f}" for m in METHODS] for d, methods in rows.items()}
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    """Nobody edited the table by hand."""
+    assert (ROOT / "docs" / "evaluation" / "table.md").read_text() == markdown(RESULTS)
+
+
+def test_the_study_description_is_well_formed(tmp_path: Path) -> None:
+    """Its keys are known, its domains are the table's; the corpora and base M are not part of the repository."""
+    text = re.sub(r"\[bases\.M\].*?\n\n", "", (ROOT / "docs" / "study.toml").read_text(), flags=re.S)
+    (tmp_path / "study.toml").write_text(text.replace('"../', f'"{ROOT}/'))
+    plan = Plan.load(tmp_path / "study.toml")
+    assert [d.name for d in plan.domains] == list(dict.fromkeys(r["domain"] for r in RESULTS["results"]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from decoders import parallel
 from decoders.corpus import Corpus
-from decoders.datastore import write_datastore
+from decoders.datastore import PIECE, write_datastore
 from decoders.decoder import write_control, write_decoder
 from decoders.errors import OptionError
 from decoders.evaluate import measure, table
@@ -126,7 +126,7 @@ class Build:
         teacher = write_tuned(work / "teacher", tokens, source, tuning, inputs)
         yield "teacher", teacher
 
-        inputs = {"teacher": fingerprint(inputs), "entries": options.entries}
+        inputs = {"teacher": fingerprint(inputs), "entries": options.entries, "pieces": PIECE}
         store = write_datastore(work / "datastore", tokens, teacher, options.entries, inputs)
         yield "datastore", store
 
@@ -141,7 +141,7 @@ class Build:
 
         second = options.knn_schedule()
         inputs = {"targets": imitated, "student": fingerprint(inputs), "schedule": second.to_dict(), "beta": options.beta}
-        decoder = write_decoder(work / "decoder", tokens, targets, student, second, options.beta, inputs)
+        decoder = write_decoder(work / "decoder", store, targets, student, second, options.beta, inputs)
         yield "decoder", decoder
 
         bases = [fingerprint_model(b) for b in (self.base, *self.beside)]

@@ -1,7 +1,8 @@
 """Stage 4: the kNN-LM datastore: one (key, value) a training token, embedded by a teacher tuned on the domain, and an index.
 
-Key i is the teacher's final normed hidden state at position i, value i the token at position i + 1 (arXiv 2508.09874, eq. 1).
-The teacher is a base tuned on the domain first: targets from a teacher worse than its student hurt.
+Key i is the teacher's final normed hidden state at position i, value i the token at position i + 1 (arXiv 2508.09874, eq. 1),
+where positions are those of `tokens.npy`: the training text, or, when that is longer than the datastore may be, pieces spread evenly
+over it. (The first part alone would be some documents whole and nothing of the others.) The teacher is a base tuned on the domain first: targets from a teacher worse than its student hurt.
 
 Index by size: below SMALL entries none but the keys themselves, searched exhaustively; above, `IVF<cells>,PQ<width/8>x4fs` with
 about sqrt(entries) cells, whose candidates are ranked again by their exact distances to the float16 keys: product-quantised distances
@@ -32,7 +33,8 @@ from decoders.train import fast_precision, keep_freed_memory, progress
 WINDOW, FRESH = 512, 384  # tokens a window, and how many of its last keys are kept: no key has seen fewer than 128 tokens
 BATCH = 8  # windows embedded at a time
 SMALL = 50_000
-PROBED = 16  # index cells a query visits
+PIECE = 4096  # tokens of a piece
+PROBED = 8  # index cells a query visits
 REFINED = 4  # candidates ranked again, as a multiple of k
 CHUNK = 100_000  # keys in memory as float32 at a time
 
@@ -67,16 +69,17 @@ class Datastore:
 
 
 def write_datastore(out: Path, tokens: Path, teacher: Path, entries: int, manifest: Manifest) -> Path:
-    """Embed the first `entries` training tokens with the teacher, and index the keys."""
+    """Embed at most about `entries` training tokens with the teacher, and index the keys."""
     with stage(out, manifest) as folder:
         if folder is None:
             return out
-        ids = load_tokens(tokens, "train")
-        count = min(entries, len(ids) - 1)
+        ids = spread(load_tokens(tokens, "train"), entries + 1)
+        count = len(ids) - 1
         model = load_model(teacher)
         if parallel.rank() == 0:
             fill_array(folder / "keys.npy", np.float16, (count, model.config.hidden_size))
-            np.save(folder / "values.npy", ids[1 : count + 1])
+            np.save(folder / "tokens.npy", ids[:count])
+            np.save(folder / "values.npy", ids[1:])
         parallel.barrier()
         keys = fill_array(folder / "keys.npy", np.float16, (count, model.config.hidden_size))
         mark = Bookmark(folder, "keys")
@@ -92,6 +95,16 @@ def write_datastore(out: Path, tokens: Path, teacher: Path, entries: int, manife
         if parallel.rank() == 0 and count >= SMALL:
             write_index(build_index(keys), folder / "index.faiss")
     return out
+
+
+def spread(ids: Ids, most: int) -> Ids:
+    """At most `most` of `ids` [tokens], in pieces of PIECE tokens (or of what is left) spread evenly over them, in order."""
+    if len(ids) <= most:
+        return ids
+    pieces = max(1, most // PIECE)
+    size = min(PIECE, most)
+    starts = np.linspace(0, len(ids) - size, pieces).astype(np.int64)
+    return np.concatenate([ids[s : s + size] for s in starts])
 
 
 def windows(length: int) -> int:

@@ -39,10 +39,9 @@ class KnnTargets:
         return soft_targets(labels.reshape(-1).cpu(), torch.from_numpy(ids), torch.from_numpy(probs), self.beta)
 
 
-def write_decoder(out: Path, tokens: Path, targets: Path, student: Path, schedule: Schedule, beta: float, manifest: Manifest) -> Path:
+def write_decoder(out: Path, store: Path, targets: Path, student: Path, schedule: Schedule, beta: float, manifest: Manifest) -> Path:
     """Train the student on beta * kNN + (1 - beta) * labels (arXiv 2508.09874, eq. 6), over the text that the datastore covers."""
-    knn = KnnTargets.open(targets, beta)
-    return _train_on(out, student, load_tokens(tokens, "train")[: len(knn.ids)], schedule, knn, manifest)
+    return _train_on(out, student, np.load(store / "tokens.npy", mmap_mode="r"), schedule, KnnTargets.open(targets, beta), manifest)
 
 
 def write_control(out: Path, tokens: Path, student: Path, schedule: Schedule, manifest: Manifest) -> Path:

@@ -18,6 +18,7 @@ WINDOW = 512
 SCORED = WINDOW // 2  # tokens a window, its last ones
 BATCH = 8
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(21))
+MEASURED = 128  # windows a split, spread evenly, that a package's figures come from
 
 Floats = NDArray[np.float64]
 
@@ -92,8 +93,9 @@ def table(rows: Sequence[dict[str, str | float]]) -> str:
 
 def measure(base: PreTrainedModel, memory: PreTrainedModel, valid: Ids, test: Ids) -> dict[str, float | int]:
     """Tune lambda on valid, measure on test: the figures a package records."""
-    lam = best_lambda(label_logprobs(base, valid, "valid base"), label_logprobs(memory, valid, "valid memory"))
-    ours, theirs = label_logprobs(base, test, "test base"), label_logprobs(memory, test, "test memory")
+    v, t = windows(len(valid), MEASURED), windows(len(test), MEASURED)
+    lam = best_lambda(label_logprobs(base, valid, "valid base", v), label_logprobs(memory, valid, "valid memory", v))
+    ours, theirs = label_logprobs(base, test, "test base", t), label_logprobs(memory, test, "test memory", t)
     return {
         "lambda": lam,
         "base": round(perplexity(ours), 3),

@@ -215,7 +215,7 @@ def model_card(record: dict[str, Any]) -> str:
             f"It is meant to run beside a base model with the same tokenizer (token map `{record['token_map']}`): p = λ·p_memory + (1 − λ)·p_base.", "",
             "```sh", f"memdec serve {first} --decoder {domain}=.", "```", "",
             "## Measured", "",
-            "Perplexity on the corpus's test split; windows of 512 tokens, half overlapping, the second half scored; λ tuned on the validation split.", "",
+            "Perplexity on the corpus's test split: windows of 512 tokens spread evenly, the second half of each scored; λ tuned on the validation split.", "",
             "| base | λ | base alone | memory alone | mixture | scored tokens |", "|---|---|---|---|---|---|", *rows, "",
             "## Made from", "",
             f"Corpus `{corpus['name']}` (fingerprint `{corpus['fingerprint']}`), licence of its text: {corpus['licence']}.", "",

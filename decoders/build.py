@@ -30,10 +30,10 @@ class BuildOptions:
     """Every knob of a build. The field names are the flags."""
 
     teacher_tokens: int = field(default=1_000_000, metadata={"help": "tokens that tune the teacher on the domain"})
-    entries: int = field(default=1_000_000, metadata={"help": "datastore entries at most"})
+    entries: int = field(default=1_500_000, metadata={"help": "datastore entries at most"})
     neighbours: int = field(default=256, metadata={"help": "largest k tried: how many neighbours a kNN distribution is made of"})
     student_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the labels alone, tokens"})
-    knn_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the kNN targets, tokens"})
+    knn_tokens: int = field(default=1_500_000, metadata={"help": "decoder training on the kNN targets, tokens"})
     targets: str = field(
         default="knn-lm", metadata={"help": "what is imitated: knn-lm, neighbours and teacher mixed, or knn, the neighbours alone"}
     )

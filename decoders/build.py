@@ -14,7 +14,7 @@ from decoders.decoder import write_control, write_decoder
 from decoders.errors import OptionError
 from decoders.evaluate import measure, table
 from decoders.knn_targets import KINDS, write_targets
-from decoders.manifest import Manifest, fingerprint, is_fresh, read_manifest
+from decoders.manifest import Manifest, fingerprint, is_fresh, read_manifest, refuse_foreign
 from decoders.models import load_model
 from decoders.near_duplicates import Cleaned, write_near_duplicates
 from decoders.package import DOMAIN, DOMAIN_RULE, check_weights, fingerprint_model, write_package
@@ -86,6 +86,7 @@ class Build:
         """Raise OptionError or PackageError, one line, before anything is made."""
         if not DOMAIN.fullmatch(self.domain):
             raise OptionError(f"NAME {self.domain!r}: wanted {DOMAIN_RULE}")
+        refuse_foreign(self.out)
         tokenizer = None
         models = {"--base": [self.base], "--teacher": [self.teacher] if self.teacher else [], "--beside": [*self.beside]}
         for flag, model in ((flag, model) for flag, found in models.items() for model in found):

@@ -54,6 +54,7 @@ def stage(out: Path, manifest: Manifest) -> Iterator[Path | None]:
             print(f"{out.name}: fresh, kept", flush=True)
         yield None
         return
+    refuse_foreign(out)
     partial = out.with_name(f".{out.name}.partial")
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -75,6 +76,14 @@ def stage(out: Path, manifest: Manifest) -> Iterator[Path | None]:
         except Exception:
             _keep_or_remove(partial)
             raise
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise ManifestError if `out` holds something that is no artifact: it would be replaced."""
+    if out.is_dir() and any(out.iterdir()) and not (out / NAME).is_file():
+        raise ManifestError(f"{out}: is not empty and no artifact of memdec (no {NAME}); give a new folder")
+    if out.exists() and not out.is_dir():
+        raise ManifestError(f"{out}: is not a folder; give a new folder")
 
 
 @contextlib.contextmanager

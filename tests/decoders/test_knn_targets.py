@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from decoders.datastore import Datastore, build_index, with_exact_distances
+from decoders.datastore import PIECE, Datastore, build_index, spread, with_exact_distances
 from decoders.knn_lm import label_probability, token_masses, tune
 from decoders.knn_targets import KEPT, beside_teacher, search_own, sparse_rows
 
@@ -101,3 +101,17 @@ def test_the_whole_knn_lm_as_a_target() -> None:
         ours = np.zeros(VOCABULARY)
         np.add.at(ours, ids[row], probs[row])
         np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 100, 5000, 30_000, 99_999, 100_000, 200_000])
+def test_a_datastore_covers_the_whole_text_evenly(most: int) -> None:
+    """In order, no more than asked for, from the first token to the last; whole pieces."""
+    ids = np.arange(100_000, dtype=np.uint32)
+    taken = spread(ids, most)
+    assert min(most, 100_000) - PIECE < len(taken) <= most
+    if most >= 100_000:
+        assert (taken == ids).all()
+    elif most >= 2 * PIECE:
+        assert taken[0] == 0 and taken[-1] == 99_999
+        jumps = np.flatnonzero(np.diff(taken.astype(np.int64)) != 1) + 1
+        assert (jumps % PIECE == 0).all()

@@ -70,6 +70,19 @@ def test_progress_outlives_a_full_disk_and_a_kill(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact", "other"]
 
 
+def test_a_users_folder_is_never_replaced(tmp_path: Path) -> None:
+    """Whatever isn't an artifact is refused by name, and stays."""
+    for name in ("folder", "file"):
+        thesis = tmp_path / name / "thesis.txt" if name == "folder" else tmp_path / name
+        thesis.parent.mkdir(exist_ok=True)
+        thesis.write_text("years of work")
+        with pytest.raises(ManifestError, match="give a new folder"):
+            make(tmp_path / name, {"seed": 1}, "new")
+        assert thesis.read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    assert make(tmp_path / "empty", {"seed": 1}, "new")
+
+
 def test_reading_what_is_no_artifact(tmp_path: Path) -> None:
     """The path is named."""
     with pytest.raises(ManifestError, match=r"manifest\.json"):

@@ -89,6 +89,10 @@ class Build:
         refuse_foreign(self.out)
         tokenizer = None
         models = {"--base": [self.base], "--teacher": [self.teacher] if self.teacher else [], "--beside": [*self.beside]}
+        kept = [(flag, p) for flag, found in models.items() for p in found] + [("--work", self.work), ("--corpus", self.corpus.root)]
+        for flag, path in kept:  # what a finished package replaces
+            if self.out.resolve() in (path.resolve(), *path.resolve().parents):
+                raise OptionError(f"--out {self.out}: {flag} is in it and would be replaced; give a new folder")
         for flag, model in ((flag, model) for flag, found in models.items() for model in found):
             if not model.is_dir():
                 raise OptionError(f"{flag} {model}: no such folder")

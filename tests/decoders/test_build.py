@@ -207,6 +207,14 @@ def test_options_and_bases_that_cannot_work(toys: Path, corpus: Path, tmp_path: 
     assert "--teacher" in capsys.readouterr().err
     assert main([*arguments, str(toys / "base"), "--entries", "0"]) == 1
     assert "--entries 0: wanted" in capsys.readouterr().err
+    for flag in ("--base", "--corpus", "--work"):
+        mine = tmp_path / "mine" / flag[2:]
+        shutil.copytree(corpus if flag == "--corpus" else toys / "base", mine)
+        values = {"--corpus": str(corpus), "--base": str(toys / "base"), "--out": str(tmp_path / "mine"), flag: str(mine)}
+        (tmp_path / "mine" / "manifest.json").write_text("{}")
+        assert main(["build", "x", *(word for pair in values.items() for word in pair)]) == 1
+        assert f"{flag} is in it and would be replaced" in capsys.readouterr().err
+        assert any(mine.iterdir())
     broken = Path(shutil.copytree(toys / "base", tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"nonsense")
     assert main([*arguments, str(broken)]) == 1

@@ -57,6 +57,8 @@ class Domain:
     options: BuildOptions
     prompts: tuple[str, ...] = ()
     """Beginnings that every method continues, for people to read."""
+    bases: tuple[str, ...] = ()
+    """Labels of the bases it is measured beside; all if none is named."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,15 @@ class Plan:
                 raise OptionError(f"{file}: domains.{name}: wanted {DOMAIN_RULE}")
             if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys():
                 raise OptionError(f"{file}: domains.{name}: wanted corpus and work")
-            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts")}
+            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts", "bases")}
+            beside = entry.get("bases", list(bases))
+            if not isinstance(beside, list) or not beside or not set(map(str, beside)) <= bases.keys():
+                raise OptionError(f"{file}: domains.{name}.bases: {beside!r}: wanted a list of {', '.join(bases)}")
             prompts = entry.get("prompts", [])
             if not isinstance(prompts, list) or not all(isinstance(p, str) and p for p in prompts):
                 raise OptionError(f"{file}: domains.{name}.prompts: {prompts!r}: wanted a list of texts")
             options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
-            domains.append(Domain(name, _corpus(here, entry["corpus"]), here / entry["work"], options, tuple(prompts)))
+            domains.append(Domain(name, _corpus(here, entry["corpus"]), here / entry["work"], options, tuple(prompts), tuple(beside)))
         if not bases or not domains:
             raise OptionError(f"{file}: wanted at least one base and one domain")
         budget = _fill(Budget, _table(file, text, "budget", {}), f"{file}: budget")

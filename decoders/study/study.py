@@ -43,7 +43,7 @@ class Study:
         for domain in self.plan.domains:
             build = self._build(domain)
             build.run("decoder")
-            for label in self.plan.bases:
+            for label in domain.bases or self.plan.bases:
                 models = self._models(build, label)
                 scores = self._scores(build, label, models, general)
                 pairs.append((domain.name, label, scores))

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from decoders.build import Build
 from decoders.corpus import Corpus
 from decoders.errors import ManifestError
 from decoders.manifest import stage
+from decoders.models import load_model, save_model
 from decoders.package import Package
+from decoders.pretrain import doubled
+from decoders.tokenizer import load_tokenizer
 from server.cli import main
 
 TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]
@@ -141,6 +145,27 @@ def test_stages_by_themselves(built: Path, corpus: Path, toys: Path, capsys: pyt
     told = capsys.readouterr().out
     assert told.splitlines()[-1] == str(built.with_name("tiny.work") / "datastore")
     assert "knn_targets" not in told
+
+
+def test_lambda_is_tuned_beside_every_base(built: Path, corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """One package for two bases; everything but the package is fresh."""
+    larger = tmp_path / "larger"
+    save_model(doubled(load_model(toys / "base")), larger, load_tokenizer(toys / "base"), torch.float32)
+    arguments = [
+        "--corpus",
+        str(corpus),
+        "--base",
+        str(toys / "base"),
+        "--beside",
+        str(larger),
+        "--work",
+        str(built.with_name("tiny.work")),
+    ]
+    assert main(["package", "tiny", *arguments, "--out", str(tmp_path / "out"), *TINY]) == 0
+    for base in (toys / "base", larger):
+        assert Package.open(tmp_path / "out", base).tuned
+    assert not Package.open(tmp_path / "out", toys / "qwen_a").tuned
+    assert (tmp_path / "out" / "README.md").read_text().count("| larger |") == 1
 
 
 def test_a_stage_that_another_process_makes_is_refused(corpus: Path, toys: Path, tmp_path: Path) -> None:

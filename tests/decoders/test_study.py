@@ -156,6 +156,7 @@ def test_the_long_tail_is_the_rarest_tenth_of_what_was_seen(toys: Path) -> None:
         ("entries = 4000", "entrys = 4000", "unknown key 'entrys'"),
         ('general = "corpus"', "", "general: wanted a path"),
         ("[domains.tiny]", "[domains.tiny", "not TOML"),
+        ('prompts = ["def f("]', 'bases = ["L"]', "domains.tiny.bases: ['L']: wanted a list of S, M"),
         ('["def f("]', "3", "domains.tiny.prompts: 3: wanted a list of texts"),
         ('work = "tiny"', "", "domains.tiny: wanted corpus and work"),
     ],

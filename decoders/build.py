@@ -14,7 +14,7 @@ from decoders.decoder import write_control, write_decoder
 from decoders.errors import OptionError
 from decoders.evaluate import measure, table
 from decoders.knn_targets import KINDS, write_targets
-from decoders.manifest import Manifest, fingerprint, is_fresh, read_manifest, refuse_foreign
+from decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from decoders.models import load_model
 from decoders.near_duplicates import Cleaned, write_near_duplicates
 from decoders.package import DOMAIN, DOMAIN_RULE, check_weights, fingerprint_model, write_package
@@ -23,6 +23,8 @@ from decoders.teacher import write_student, write_tuned
 from decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from decoders.tokens import load_tokens, write_tokens
 from decoders.train import Schedule
+
+LEAST_ENTRIES = 2_000  # what the training windows need
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class BuildOptions:
         for name, value in asdict(self).items():
             if isinstance(value, int) and name != "seed" and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: wanted a whole number above 0")
+        if self.entries < LEAST_ENTRIES:
+            raise OptionError(f"--entries {self.entries}: wanted at least {LEAST_ENTRIES:,}")
+        if self.seed < 0:
+            raise OptionError(f"--seed {self.seed}: wanted a whole number, 0 or above")
         if not 0 <= self.beta <= 1:
             raise OptionError(f"--beta {self.beta}: wanted a number from 0 to 1")
         if self.targets not in KINDS:
@@ -87,6 +93,8 @@ class Build:
         if not DOMAIN.fullmatch(self.domain):
             raise OptionError(f"NAME {self.domain!r}: wanted {DOMAIN_RULE}")
         refuse_foreign(self.out)
+        if self.work.exists() and not self.work.is_dir():
+            raise OptionError(f"--work {self.work}: is not a folder")
         tokenizer = None
         models = {"--base": [self.base], "--teacher": [self.teacher] if self.teacher else [], "--beside": [*self.beside]}
         kept = [(flag, p) for flag, found in models.items() for p in found] + [("--work", self.work), ("--corpus", self.corpus.root)]
@@ -105,9 +113,10 @@ class Build:
         """Make every artifact up to `until` that isn't fresh; returns the last one's folder."""
         self.check()
         path = self.work
-        for name, path in self.stages():  # noqa: B007
-            if name == until:
-                break
+        with alone(self.work):
+            for name, path in self.stages():  # noqa: B007
+                if name == until:
+                    break
         return path
 
     def stages(self) -> Iterator[tuple[str, Path]]:

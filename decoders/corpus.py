@@ -69,7 +69,7 @@ class Corpus:
         """The files that hold documents, in a fixed order."""
         skipped = STDLIB_SKIPPED if self.name == STDLIB else set()
         kinds = (".py",) if self.name == STDLIB else (*TEXT, *LINES, *TABLES)
-        found = [p for p in sorted(self.root.rglob("*")) if p.name.endswith(kinds) and p.is_file()]
+        found = [p for p in sorted(self.root.rglob("*")) if p.name.lower().endswith(kinds) and p.is_file()]
         return [p for p in found if not skipped.intersection(p.relative_to(self.root).parts)]
 
     def ready_made(self) -> dict[Path, str]:
@@ -114,9 +114,9 @@ def read_documents(path: Path, blank_lines: bool = False) -> Iterator[str]:
     Raises CorpusError naming the file and the byte, line or row that can't be read.
     """
     try:
-        if path.name.endswith(TABLES):
+        if path.name.lower().endswith(TABLES):
             yield from _rows(path)
-        elif path.name.endswith(LINES):
+        elif path.name.lower().endswith(LINES):
             yield from _objects(path)
         elif blank_lines:
             yield from _paragraphs(path)
@@ -144,10 +144,10 @@ def _lines(path: Path) -> Iterator[str]:
 @contextmanager
 def _bytes(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         with gzip.open(path, "rb") as stream:
             yield stream  # type: ignore[misc]
-    elif path.suffix == ".zst":
+    elif path.suffix.lower() == ".zst":
         import io
 
         import zstandard
@@ -181,14 +181,26 @@ def _objects(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line.lstrip("\ufeff"))
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{path}: line {number} is not JSON ({error})") from None
         text = row.get(FIELD) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            found = f"the keys {', '.join(sorted(row))[:80]}" if isinstance(row, dict) else type(row).__name__
+            found = type(row).__name__ if not isinstance(row, dict) else f"the keys {', '.join(sorted(row))[:80]}"
+            found = f"{FIELD}: {type(text).__name__}" if isinstance(row, dict) and FIELD in row else found
             raise CorpusError(f"{path}: line {number} has no string {FIELD!r} (found {found})")
+        if not is_unicode(text):
+            raise CorpusError(f"{path}: line {number} holds half a surrogate pair, which no UTF-8 text can; mend it first")
         yield text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can spell lone surrogates, which can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows(path: Path) -> Iterator[str]:
@@ -197,7 +209,7 @@ def _rows(path: Path) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as table:
                 _check_column(path, table.schema_arrow)
                 for batch in table.iter_batches(batch_size=256, columns=[FIELD]):

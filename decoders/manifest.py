@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -84,6 +85,27 @@ def refuse_foreign(out: Path) -> None:
         raise ManifestError(f"{out}: is not empty and no artifact of memdec (no {NAME}); give a new folder")
     if out.exists() and not out.is_dir():
         raise ManifestError(f"{out}: is not a folder; give a new folder")
+
+
+@contextlib.contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Hold a work folder for a whole build: two with different options would mix their artifacts. Raises ManifestError."""
+    if parallel.rank() != 0:
+        yield
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        folder = os.open(work, os.O_RDONLY)
+    except OSError as error:
+        raise ManifestError(f"{error.filename or work}: {error.strerror}; nothing was made") from None
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ManifestError(f"{work}: another build is at work in it; wait for it, or give another --work") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

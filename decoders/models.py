@@ -11,10 +11,16 @@ from decoders.tokenizer import first_line
 
 def load_model(folder: Path | str) -> PreTrainedModel:
     """Load a causal LM in float32, on the GPU if there is one. Raises PackageError."""
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise PackageError(f"{folder}: no config.json in it; wanted a Hugging Face model folder")
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        model, told = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds here
         raise PackageError(f"{folder}: can't be loaded as a causal language model ({first_line(error)})") from None
+    missing = sorted(told["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise PackageError(f"{folder}: {missing[0]} is not in its weights, nor are {len(missing) - 1} others; copy the model again")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

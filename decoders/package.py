@@ -99,6 +99,9 @@ def read_record(path: Path) -> dict[str, Any]:
     if not (path / NAME).is_file():
         return {}
     record = read_json(path / NAME)
+    bases = record.get("bases", {})
+    if not isinstance(bases, dict) or not all(isinstance(found, dict) for found in bases.values()):
+        raise PackageError(f"{path / NAME}: bases is {bases!r}, wanted an object of objects")
     if record.get("format") != FORMAT:
         raise PackageError(f"{path / NAME}: format is {record.get('format')!r}, this version reads {FORMAT}")
     return record
@@ -138,6 +141,8 @@ def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
             header = json.loads(stream.read(length))
         except ValueError:
             raise PackageError(f"{file}: its header is damaged; truncated or not a safetensors file") from None
+    if not isinstance(header, dict):
+        raise PackageError(f"{file}: its header is damaged; truncated or not a safetensors file")
     return 8 + length, header
 
 
@@ -213,7 +218,7 @@ def model_card(record: dict[str, Any]) -> str:
             f"# {domain}: a memory decoder", "",
             "A small language model trained to imitate a kNN-LM retriever over one corpus ([arXiv 2508.09874](https://arxiv.org/abs/2508.09874)).",
             f"It is meant to run beside a base model with the same tokenizer (token map `{record['token_map']}`): p = λ·p_memory + (1 − λ)·p_base.", "",
-            "```sh", f"memdec serve {first} --decoder {domain}=.", "```", "",
+            "```sh", f"memdec serve PATH/TO/{first} --decoder {domain}=.", "```", "",
             "## Measured", "",
             "Perplexity on the corpus's test split: windows of 512 tokens spread evenly, the second half of each scored; λ tuned on the validation split.", "",
             "| base | λ | base alone | memory alone | mixture | scored tokens |", "|---|---|---|---|---|---|", *rows, "",

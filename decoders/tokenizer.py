@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from decoders.errors import PackageError, TokenizerMismatch
 
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 END_OF_TEXT = "<|endoftext|>"
 CHAT_MARKS = ("<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
@@ -38,6 +39,8 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int) -> PreTrainedToke
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local folder or hub id. Raises PackageError if there is none."""
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in FILES):
+        raise PackageError(f"{folder}: no tokenizer in it (wanted {', '.join(FILES[:-1])} or {FILES[-1]})")
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # transformers raises many kinds here

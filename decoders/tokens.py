@@ -4,6 +4,7 @@ Position i of a split is the id of its i-th token; everything later (datastore e
 `<split>.ends.npy` holds where each document ends, its end-of-text included.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -34,8 +35,11 @@ def write_tokens(out: Path, corpus: Cleaned, tokenizer: PreTrainedTokenizerBase,
         for split in reversed(SPLITS):  # the small ones first: too little text is told at once
             total = encode(tokenizer, corpus.documents(split), folder, split)
             if total < MINIMUM:
+                shutil.rmtree(folder)  # nothing in it is worth going on with
                 few = f"corpus {corpus.corpus.name}: split {split} has {total:,} tokens, wanted at least {MINIMUM:,}"
-                raise CorpusError(f"{few}; add text, or give train.txt, valid.txt and test.txt")
+                raise CorpusError(
+                    f"{few}; add documents (2 % of them become {split}, unless train.txt, valid.txt and test.txt say otherwise)"
+                )
     return out
 
 

@@ -16,6 +16,8 @@ def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
     """Check a decoder folder, beside a base if one is given; yields (check, what was found) and raises PackageError at the first fault."""
     if not path.is_dir():
         raise PackageError(f"{path}: no such folder")
+    if base is not None and not base.is_dir():
+        raise PackageError(f"--base {base}: no such folder")
     package = Package.open(path, base)
     yield "kind", "memdec package" if read_record(path) else f"plain checkpoint (no {NAME})"
     yield "architecture", f"{package.config['architectures'][0]}, {package.size / 1e6:,.1f} MB"
@@ -48,7 +50,7 @@ def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
         check_weights(base)
         require_same_token_map(load_tokenizer(base), tokenizer, str(path))
         yield "base", f"{base}: the same token map"
-        if package.perplexity:
-            figures = package.perplexity
+        figures = package.perplexity
+        if {"base", "mixture"} <= figures.keys():
             gain = math.log(figures["base"] / figures["mixture"])
             yield "measured", f"test perplexity {figures['base']} -> {figures['mixture']} with the memory ({gain:.2f} nats a token)"

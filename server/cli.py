@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from decoders.errors import DecoderError
+from decoders.errors import DecoderError, OptionError
 from server.errors import MemdecError
 
 
@@ -35,6 +35,7 @@ def _run(words: list[str]) -> int:
     from decoders import parallel
 
     logging.disable_progress_bar()  # its bars for a second's loading hide our own
+    logging.set_verbosity_error()  # what it warns of is an error of ours
     parallel.join()
     try:
         command = {"pretrain": _pretrain, "verify": _verify, "evaluate": _evaluate}.get(args.command, _build)
@@ -50,7 +51,12 @@ def _build(args: argparse.Namespace) -> int:
     from decoders.manifest import Bookmark
     from decoders.train import Checkpoint
 
+    if not args.checkpoint_every >= 0:
+        raise OptionError(f"--checkpoint-every {args.checkpoint_every}: wanted seconds, 0 or above")
     Bookmark.SECONDS = Checkpoint.SECONDS = args.checkpoint_every
+    if not args.out.resolve().name:
+        raise OptionError(f"--out {args.out}: wanted a new folder")
+    args.out = args.out.parent.resolve() / args.out.name if args.out.name not in ("", "..") else args.out.resolve()
 
     options = BuildOptions(**{f.name: getattr(args, f.name) for f in fields(BuildOptions)})
     work = args.work or args.out.with_name(f"{args.out.name}.work")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from decoders.build import BuildOptions
-from decoders.corpus import STDLIB
-from decoders.errors import OptionError
+from decoders.corpus import STDLIB, Corpus
+from decoders.errors import CorpusError, OptionError
 from decoders.package import DOMAIN, DOMAIN_RULE
+
+OPTIONAL = ("rag", "knn", "dapt", "lora")  # methods that a study can do without
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Domain:
     """Beginnings that every method continues, for people to read."""
     bases: tuple[str, ...] = ()
     """Labels of the bases it is measured beside; all if none is named."""
+    without: tuple[str, ...] = ()
+    """Methods that are left out: the slow ones."""
 
 
 @dataclass(frozen=True)
@@ -99,28 +103,52 @@ class Plan:
         for name, entry in _table(file, text, "domains").items():
             if not DOMAIN.fullmatch(name):
                 raise OptionError(f"{file}: domains.{name}: wanted {DOMAIN_RULE}")
-            if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys():
+            if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys() or not isinstance(entry["work"], str):
                 raise OptionError(f"{file}: domains.{name}: wanted corpus and work")
-            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts", "bases")}
+            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts", "bases", "without")}
+            without = entry.get("without", [])
+            if not isinstance(without, list) or not set(map(str, without)) <= set(OPTIONAL):
+                raise OptionError(f"{file}: domains.{name}.without: {without!r}: wanted a list of {', '.join(OPTIONAL)}")
             beside = entry.get("bases", list(bases))
             if not isinstance(beside, list) or not beside or not set(map(str, beside)) <= bases.keys():
                 raise OptionError(f"{file}: domains.{name}.bases: {beside!r}: wanted a list of {', '.join(bases)}")
             prompts = entry.get("prompts", [])
             if not isinstance(prompts, list) or not all(isinstance(p, str) and p for p in prompts):
                 raise OptionError(f"{file}: domains.{name}.prompts: {prompts!r}: wanted a list of texts")
-            options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
-            domains.append(Domain(name, _corpus(here, entry["corpus"]), here / entry["work"], options, tuple(prompts), tuple(beside)))
+            try:
+                options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
+            except OptionError as error:
+                raise error if str(file) in str(error) else OptionError(f"{file}: domains.{name}: {error}") from None
+            domains.append(
+                Domain(
+                    name,
+                    _corpus(here, entry["corpus"], f"{file}: domains.{name}.corpus"),
+                    here / entry["work"],
+                    options,
+                    tuple(prompts),
+                    tuple(beside),
+                    tuple(without),
+                )
+            )
         if not bases or not domains:
             raise OptionError(f"{file}: wanted at least one base and one domain")
         budget = _fill(Budget, _table(file, text, "budget", {}), f"{file}: budget")
         for key in ("general", "work"):
             if not isinstance(text.get(key), str):
                 raise OptionError(f"{file}: {key}: wanted a path, found {text.get(key)!r}")
-        return cls(budget, bases, tuple(domains), _corpus(here, text["general"]), here / text["work"])
+        return cls(budget, bases, tuple(domains), _corpus(here, text["general"], f"{file}: general"), here / text["work"])
 
 
-def _corpus(here: Path, source: str) -> str:
-    return source if source == STDLIB else str(here / source)
+def _corpus(here: Path, source: Any, where: str) -> str:
+    """A corpus value that can be opened; checked before anything is trained."""
+    if not isinstance(source, str):
+        raise OptionError(f"{where}: {source!r}: wanted a path")
+    path = source if source == STDLIB else str(here / source)
+    try:
+        Corpus.open(path)
+    except CorpusError as error:
+        raise OptionError(f"{where}: {error}") from None
+    return path
 
 
 def _table(file: Path, text: dict[str, Any], key: str, default: dict[str, Any] | None = None) -> dict[str, Any]:

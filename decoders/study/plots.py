@@ -26,17 +26,27 @@ def _points(path: Path, rows: list[dict[str, Any]], base: str) -> None:
     """Perplexity over the base's, one group of points a domain, on a log scale."""
     from matplotlib import pyplot as plt
 
-    methods = [m for m in METHODS if m != "base" and m in rows[0]["methods"]]
+    methods = [m for m in METHODS if m != "base" and any(m in r["methods"] for r in rows)]
     figure, axis = plt.subplots(figsize=(10, 4.2))
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
-        bottoms = [r["methods"]["base"]["perplexity"] for r in rows]
-        values = [r["methods"][method]["perplexity"] / b for r, b in zip(rows, bottoms, strict=True)]
-        errors = [
-            [abs(v - r["methods"][method]["interval"][side] / b) for r, b, v in zip(rows, bottoms, values, strict=True)] for side in (0, 1)
-        ]
-        places = [i + (number - len(methods) / 2 + 0.5) * width for i in range(len(rows))]
-        axis.errorbar(places, values, yerr=errors, fmt="o", label=METHODS[method], color=COLOURS[method], markersize=6, capsize=2)
+        places, values, errors = [], [], []
+        for at, row in enumerate(rows):
+            if method in row["methods"]:
+                bottom, figures = row["methods"]["base"]["perplexity"], row["methods"][method]
+                places.append(at + (number - len(methods) / 2 + 0.5) * width)
+                values.append(figures["perplexity"] / bottom)
+                errors.append([abs(figures["perplexity"] - side) / bottom for side in figures["interval"]])
+        axis.errorbar(
+            places,
+            values,
+            yerr=list(zip(*errors, strict=True)),
+            fmt="o",
+            label=METHODS[method],
+            color=COLOURS[method],
+            markersize=6,
+            capsize=2,
+        )
     axis.set_yscale("log")
     axis.axhline(1, color=COLOURS["base"], linewidth=1)
     for between in range(1, len(rows)):
@@ -74,7 +84,13 @@ def _compression(path: Path, rows: list[dict[str, Any]], sizes: dict[str, int]) 
         _plain_numbers(axis.yaxis)
         axis.set_xlabel("MB beside the base")
     axes[0][0].set_ylabel("test perplexity")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.02))
+    figure.legend(
+        *max((a.get_legend_handles_labels() for a in axes[0]), key=lambda found: len(found[1])),
+        fontsize=8,
+        ncols=4,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.02),
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -44,6 +44,7 @@ class Passages:
         texts = tokenizer.batch_decode(self.ids)
         self.index = bm25s.BM25()
         self.index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
+        self.fallback = next(word for word in self.index.vocab_dict if word)  # for queries without a word, digits and signs alone
 
     @property
     def size(self) -> int:
@@ -53,7 +54,7 @@ class Passages:
     def best(self, queries: Sequence[Ids]) -> Ids:
         """The best passage for each query, [queries, length]."""
         words = bm25s.tokenize(self.tokenizer.batch_decode(list(queries)), stopwords=None, show_progress=False, return_ids=False)
-        found, _ = self.index.retrieve([w or [""] for w in words], k=1, show_progress=False)
+        found, _ = self.index.retrieve([w or [self.fallback] for w in words], k=1, show_progress=False)
         chosen: Ids = self.ids[found[:, 0]]
         return chosen
 

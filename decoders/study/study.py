@@ -44,7 +44,7 @@ class Study:
             build = self._build(domain)
             build.run("decoder")
             for label in domain.bases or self.plan.bases:
-                models = self._models(build, label)
+                models = self._models(build, label, domain.without)
                 scores = self._scores(build, label, models, general)
                 pairs.append((domain.name, label, scores))
                 if server:
@@ -68,7 +68,7 @@ class Study:
         inputs: Manifest = {"corpus": corpus.fingerprint(), "token_map": token_map_hash(tokenizer)}
         return write_tokens(self.plan.work / "general" / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
 
-    def _models(self, build: Build, label: str) -> Models:
+    def _models(self, build: Build, label: str, without: tuple[str, ...]) -> Models:
         """The models of one row, trained where they are missing."""
         work, budget = build.work, self.plan.bases[label]
         base = budget.path
@@ -76,23 +76,23 @@ class Study:
         source: Manifest = {"tokens": fingerprint(read_manifest(tokens)["inputs"]), "base": fingerprint_model(base)}
 
         dapt = lora = None
-        if budget.dapt_tokens:
+        if budget.dapt_tokens and "dapt" not in without:
             tuning = Schedule(budget.dapt_tokens, batch=4, seed=build.options.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
             if base == self._first and tuning == build.options.teacher_schedule():
                 dapt = teacher  # the build's teacher is this very thing
             else:
                 dapt = write_tuned(work / f"dapt-{label}", tokens, base, tuning, source | {"schedule": tuning.to_dict()})
-        if budget.lora_tokens:
+        if budget.lora_tokens and "lora" not in without:
             size = sum(p.numel() for p in load_model(decoder).parameters())
             adapting = Schedule(budget.lora_tokens, batch=4, seed=build.options.seed, other_lr=2e-3, stretched=0.0, cooldown=0.6)
             inputs = source | {"schedule": adapting.to_dict(), "parameters": size}
             lora = write_lora(work / f"lora-{label}", tokens, base, size, adapting, inputs)
         own_store = None
-        if budget.own_keys:
+        if budget.own_keys and "knn" not in without:
             inputs = source | {"entries": build.options.entries}
             own_store = write_datastore(work / f"datastore-{label}", tokens, base, build.options.entries, inputs)
         control = build.control(tokens)
-        return Models(base, dapt, lora, teacher, decoder, control, work / "datastore", own_store, budget.rag)
+        return Models(base, dapt, lora, teacher, decoder, control, work / "datastore", own_store, budget.rag and "rag" not in without)
 
     def _scores(self, build: Build, label: str, models: Models, general: Path) -> Path:
         inputs = {**models.fingerprints(), "budget": asdict(self.plan.budget), "general": read_manifest(general)["inputs"]}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from decoders.build import Build
 from decoders.corpus import Corpus
 from decoders.errors import ManifestError
-from decoders.manifest import stage
+from decoders.manifest import alone, stage
 from decoders.models import load_model, save_model
 from decoders.package import Package
 from decoders.pretrain import doubled
@@ -175,6 +175,14 @@ def test_a_stage_that_another_process_makes_is_refused(corpus: Path, toys: Path,
         other.run("near-duplicates")
 
 
+def test_two_builds_in_one_work_folder_are_refused(corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """Whatever their stages: their artifacts would mix."""
+    other = Build("tiny", Corpus.open(str(corpus)), toys / "base", tmp_path / "out", tmp_path / "out.work")
+    with alone(tmp_path / "out.work"), pytest.raises(ManifestError, match="another build is at work in it"):
+        other.run("near-duplicates")
+    assert not any((tmp_path / "out.work").iterdir())
+
+
 def test_verify_tells_what_can_be_served(built: Path, toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Packages and plain checkpoints; each fault by name."""
     assert main(["verify", str(built), "--base", str(toys / "base")]) == 0
@@ -190,6 +198,9 @@ def test_verify_tells_what_can_be_served(built: Path, toys: Path, tmp_path: Path
     save_file(weights, broken / "model.safetensors")
     assert main(["verify", str(broken)]) == 1
     assert f"{first} holds values that are not finite" in capsys.readouterr().err
+    save_file({name: w for name, w in weights.items() if name != first}, broken / "model.safetensors")
+    assert main(["verify", str(broken)]) == 1
+    assert "is not in its weights" in capsys.readouterr().err
     (broken / "model.safetensors").write_bytes((built / "model.safetensors").read_bytes()[:-100])
     assert main(["verify", str(broken)]) == 1
     assert "truncated" in capsys.readouterr().err
@@ -202,6 +213,9 @@ def test_verify_tells_what_can_be_served(built: Path, toys: Path, tmp_path: Path
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert main(["verify", str(foreign)]) == 1
     assert "token map" in capsys.readouterr().err
+    (foreign / "tokenizer.json").unlink()
+    assert main(["verify", str(foreign)]) == 1
+    assert "no tokenizer in it" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
     assert "no such folder" in capsys.readouterr().err
 
@@ -215,7 +229,7 @@ def test_too_little_text_is_refused_by_name(toys: Path, tmp_path: Path, capsys: 
     code = main(["build", "x", "--corpus", str(folder), "--base", str(toys / "base"), "--out", str(tmp_path / "out")])
     assert code == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("memdec: error: corpus small: split train has")
+    assert message.startswith("memdec: error: corpus small: split test has 6 tokens, wanted at least 5,000")
     assert not (tmp_path / "out").exists()
 
 
@@ -240,6 +254,12 @@ def test_options_and_bases_that_cannot_work(toys: Path, corpus: Path, tmp_path: 
         assert main(["build", "x", *(word for pair in values.items() for word in pair)]) == 1
         assert f"{flag} is in it and would be replaced" in capsys.readouterr().err
         assert any(mine.iterdir())
+    assert main([*arguments, str(toys / "base"), "--seed", "-1"]) == 1
+    assert "--seed -1: wanted" in capsys.readouterr().err
+    assert main([*arguments, str(toys / "base"), "--checkpoint-every", "nan"]) == 1
+    assert "--checkpoint-every nan: wanted" in capsys.readouterr().err
+    assert main(["build", "x", "--corpus", str(corpus), "--base", str(toys / "base"), "--out", "/"]) == 1
+    assert "--out /: wanted a new folder" in capsys.readouterr().err
     broken = Path(shutil.copytree(toys / "base", tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"nonsense")
     assert main([*arguments, str(broken)]) == 1

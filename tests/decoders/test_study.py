@@ -117,6 +117,7 @@ def test_rag_scores_equal_one_token_at_a_time(study: Path) -> None:
     train, ids = (load_tokens(study / "tiny" / "tokens", split) for split in ("train", "test"))
     passages, how = Passages(train, tokenizer, 64), Retrieval(64, 16, 32)
     ours = rag_logprobs(model, passages, ids, [256], how, "rag")
+    assert passages.best([np.array(tokenizer("()=+-*/")["input_ids"])]).shape == (1, 64)  # no word to search for
     places = scored([256])
     for at in (0, 31, 32, 255):
         first = places[at // 32 * 32]

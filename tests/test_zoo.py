@@ -47,6 +47,9 @@ def test_recorded_perplexities(domain: str) -> None:
     assert figures["mixture"] < 0.8 * figures["base"]
     assert figures["mixture"] <= figures["memory"]
     assert json.loads((ZOO / domain / "memory_decoder.json").read_text())["domain"] == domain
+    card = (ZOO / domain / "README.md").read_text()
+    assert f"# {domain}: a memory decoder" in card and str(figures["mixture"]) in card
+    assert f"**{figures['mixture']:.1f}**" in (ZOO / "README.md").read_text()
 
 
 def test_the_python_memory_helps_on_held_out_code() -> None:

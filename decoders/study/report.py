@@ -31,7 +31,7 @@ def write_report(out: Path, plan: Plan, pairs: list[tuple[str, str, Path]], time
     found = [summary(domain, base, folder, timed[domain, base], tokenizer) for domain, base, folder in pairs]
     sizes = {d.name: weight_bytes(d.work / "decoder") for d in plan.domains}
     results = {
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "hardware": f"{platform.processor() or platform.machine()}, threads {torch.get_num_threads()}, torch {torch.__version__}",
         "budget": asdict(plan.budget),
         "bases": {name: {"dapt_tokens": b.dapt_tokens, "lora_tokens": b.lora_tokens} for name, b in plan.bases.items()},
         "decoder_bytes": sizes,

@@ -8,7 +8,6 @@ import numpy as np
 
 from decoders.errors import DecoderError
 from decoders.evaluate import SCORED, WINDOW
-from decoders.package import fingerprint_model
 from decoders.study.scores import Heldout
 from decoders.train import progress
 
@@ -21,12 +20,12 @@ def served_logprobs(url: str, part: Heldout, base: Path, domain: str, lam: float
     """Log p(token) of the scored tokens under base and domain, as the server's prompt log-probabilities.
 
     Returns {"base": [n], "decoder": [n], "kept": bool [windows * SCORED]}; the last two tokens of a window are left out: one is generated,
-    and one follows it. None if the server's base is another one.
+    and one follows it. None if the server's base has another name: servers don't tell their folders.
     """
     try:
         with httpx.Client(base_url=url, timeout=300) as http:
             card = http.get("/v1/models").raise_for_status().json()["data"][0]
-            if Path(card.get("root") or "").is_dir() and fingerprint_model(Path(card["root"])) != fingerprint_model(base):
+            if card["id"] != base.resolve().name:
                 return None
             found: dict[str, list[float]] = {"base": [], "decoder": []}
             with progress(f"served {domain}", 2 * len(part.starts), " windows") as bar:

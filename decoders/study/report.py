@@ -150,12 +150,11 @@ def _target(claim: str, values: dict[str, float], bound: float, wanted: int, lea
 def markdown(results: dict[str, Any]) -> str:
     """The whole report."""
     lines = ["# Memory decoders against everything else", "", f"Hardware: {results['hardware']}. What the methods are, and what was tuned, is told in [README.md](README.md).", ""]  # fmt: skip
-    lines += ["## Claims", "", "| claim | met in | wanted | " + " | ".join(results["targets"][0]["values"]) + " |"]
-    lines += ["|---|---|---|" + "---|" * len(results["targets"][0]["values"])]
+    names = list(dict.fromkeys(r["domain"] for r in results["results"]))
+    lines += ["## Claims", "", "| claim | met in | wanted | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for t in results["targets"]:
-        lines.append(
-            f"| {t['claim']} | {t['met']} of {t['of']} | {t['wanted']} | " + " | ".join(str(v) for v in t["values"].values()) + " |"
-        )
+        values = " | ".join(str(t["values"].get(n, "")) for n in names)
+        lines.append(f"| {t['claim']} | {t['met']} of {t['of']} | {t['wanted']} | {values} |")
     for row in results["results"]:
         lines += [
             "",

@@ -31,6 +31,7 @@ def test_the_page_is_what_the_results_say() -> None:
 def test_the_study_description_is_well_formed(tmp_path: Path) -> None:
     """Its keys are known, its domains are the table's; the corpora and base M are not part of the repository."""
     text = re.sub(r"\[bases\.M\].*?\n\n", "", (ROOT / "docs" / "study.toml").read_text(), flags=re.S)
+    text = re.sub(r'"\.\./corpora/\w+"', f'"{ROOT}/docs"', text)  # any folder with text in it
     (tmp_path / "study.toml").write_text(text.replace('"../', f'"{ROOT}/'))
     plan = Plan.load(tmp_path / "study.toml")
     assert [d.name for d in plan.domains] == list(dict.fromkeys(r["domain"] for r in RESULTS["results"]))

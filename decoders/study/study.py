@@ -1,7 +1,7 @@
 """Carry a study out: train what is missing, score everything, write the table. Every part is kept while its inputs stay the same."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Study:
 
         dapt = lora = None
         if budget.dapt_tokens and "dapt" not in without:
-            tuning = Schedule(budget.dapt_tokens, batch=4, seed=build.options.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
+            tuning = replace(build.options.teacher_schedule(), tokens=budget.dapt_tokens)
             if base == self._first and tuning == build.options.teacher_schedule():
                 dapt = teacher  # the build's teacher is this very thing
             else:

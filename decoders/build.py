@@ -13,7 +13,7 @@ from decoders.datastore import PIECE, write_datastore
 from decoders.decoder import write_control, write_decoder
 from decoders.errors import OptionError
 from decoders.evaluate import measure, table
-from decoders.knn_targets import KINDS, write_targets
+from decoders.knn_targets import KEPT, KINDS, write_targets
 from decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from decoders.models import load_model
 from decoders.near_duplicates import Cleaned, write_near_duplicates
@@ -144,7 +144,7 @@ class Build:
         store = write_datastore(work / "datastore", tokens, teacher, options.entries, inputs)
         yield "datastore", store
 
-        inputs = {"datastore": fingerprint(inputs), "neighbours": options.neighbours, "kind": options.targets}
+        inputs = {"datastore": fingerprint(inputs), "neighbours": options.neighbours, "kind": options.targets, "kept": KEPT}
         targets = write_targets(work / "knn_targets", store, teacher, tokens, options.neighbours, options.targets, inputs)
         yield "knn-targets", targets
 

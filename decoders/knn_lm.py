@@ -72,16 +72,20 @@ def tune(distances: Floats, hits: NDArray[np.bool_], base: NDArray[np.float64], 
 
 def token_masses(distances: Floats, tokens: Ids, tau: float) -> tuple[Ids, Floats]:
     """Eq. 2 without densifying: token ids and probabilities, both [n, k]; unused places hold probability 0."""
-    mass = weights(distances, tau)
+    return add_up(tokens, weights(distances, tau))
+
+
+def add_up(tokens: Ids, masses: Floats) -> tuple[Ids, Floats]:
+    """Name every token once in its row [n, k], with the sum of its masses; unused places, at the end, hold token 0 and mass 0."""
     order = np.argsort(tokens, 1, kind="stable")
-    ordered, mass = np.take_along_axis(tokens, order, 1), np.take_along_axis(mass, order, 1)
+    ordered, mass = np.take_along_axis(tokens, order, 1), np.take_along_axis(masses, order, 1)
     group = np.zeros(ordered.shape, np.int64)
     np.cumsum(ordered[:, 1:] != ordered[:, :-1], axis=1, out=group[:, 1:])
     rows = np.arange(len(ordered))[:, None]
-    masses, ids = np.zeros(ordered.shape, np.float32), np.zeros(ordered.shape, ordered.dtype)
-    np.add.at(masses, (np.broadcast_to(rows, group.shape), group), mass)
+    summed, ids = np.zeros(ordered.shape, np.float32), np.zeros(ordered.shape, ordered.dtype)
+    np.add.at(summed, (np.broadcast_to(rows, group.shape), group), mass)
     ids[rows, group] = ordered
-    return ids, masses
+    return ids, summed
 
 
 @torch.inference_mode()

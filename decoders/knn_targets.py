@@ -4,8 +4,8 @@ Two kinds of target: ``knn``, the neighbours' distribution alone, as in the pape
 lambda * p_kNN + (1 - lambda) * p_teacher, which also says what the neighbours leave out.
 
 k, tau and lambda are those with which the kNN-LM, mixed into the teacher, is best on the validation split. A query's own entry is dropped by its
-number, wherever it ranks. Rows are sparse: token ids and probabilities, most probable first, never a dense row over the
-vocabulary.
+number, wherever it ranks. Rows are sparse: the likeliest tokens and their probabilities, most probable first, never a dense row over the
+vocabulary; what a row lacks of 1 belongs to the tokens it doesn't name.
 """
 
 import json
@@ -18,14 +18,14 @@ import torch
 from decoders import parallel
 from decoders.arrays import fill_array
 from decoders.datastore import Datastore, Floats, Keys, embed
-from decoders.knn_lm import Numbers, Tuned, label_probabilities, token_masses, tune
+from decoders.knn_lm import Numbers, Tuned, add_up, label_probabilities, token_masses, tune
 from decoders.manifest import Bookmark, Manifest, stage, write_whole
 from decoders.models import load_model
 from decoders.tokens import Ids, load_tokens
 from decoders.train import progress
 
 KINDS = ("knn", "knn-lm")
-KEPT = 32  # tokens a row; the rest of the mass is spread over them
+KEPT = 64  # tokens a row
 TUNED_ON = 16_384  # validation positions that choose k and tau
 BATCH = 8192  # queries at a time
 
@@ -98,22 +98,20 @@ def beside_teacher(ids: Ids, masses: Floats, lam: float, keys: Keys, head: torch
     """lam * p_kNN (rows [n, k]) + (1 - lam) * p_teacher, of which the KEPT likeliest tokens: [n, k + KEPT].
 
     The teacher's distribution comes from its keys [n, width], which are its final hidden states, and its output projection.
-    A token may stand in a row twice; the loss adds it up.
     """
     tokens, probs = [], []
     for start in range(0, len(keys), 1024):
         hidden = torch.from_numpy(np.asarray(keys[start : start + 1024], np.float32)).to(head.device)
-        top = (hidden @ head.T).softmax(1).topk(KEPT)
+        top = (hidden @ head.T).softmax(1).topk(min(KEPT, len(head)))
         tokens.append(top.indices.cpu().numpy().astype(ids.dtype))
         probs.append(top.values.cpu().numpy())
-    return np.concatenate([ids, np.concatenate(tokens)], 1), np.concatenate([lam * masses, (1 - lam) * np.concatenate(probs)], 1)
+    return add_up(np.concatenate([ids, np.concatenate(tokens)], 1), np.concatenate([lam * masses, (1 - lam) * np.concatenate(probs)], 1))
 
 
 def sparse_rows(ids: Ids, masses: Floats) -> tuple[Ids, np.ndarray[tuple[int, ...], np.dtype[np.float16]]]:
-    """The KEPT most probable tokens of each row [n, k], renormalised; rows with fewer are padded with probability 0."""
+    """The KEPT most probable tokens of each row [n, k]; rows with fewer are padded with probability 0."""
     if ids.shape[1] < KEPT:
         pad = ((0, 0), (0, KEPT - ids.shape[1]))
         ids, masses = np.pad(ids, pad), np.pad(masses, pad)
     top = np.argsort(-masses, 1, kind="stable")[:, :KEPT]
-    kept = np.take_along_axis(masses, top, 1)
-    return np.take_along_axis(ids, top, 1), (kept / kept.sum(1, keepdims=True)).astype(np.float16)
+    return np.take_along_axis(ids, top, 1), np.take_along_axis(masses, top, 1).astype(np.float16)

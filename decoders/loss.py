@@ -5,8 +5,14 @@ The training loss of the paper (arXiv 2508.09874, eq. 4-6) is
     L = beta * KL(p_knn || p_mem) + (1 - beta) * CE(y, p_mem)
 
 Both terms are cross-entropies of p_mem up to a constant, the entropy of p_knn. So L equals, up to that constant, one
-cross-entropy with the soft target beta * p_knn + (1 - beta) * onehot(y), which is non-zero on a few tokens only. The
-full [tokens, vocabulary] matrix is made chunk by chunk and never kept: the gradient is computed in the forward pass.
+cross-entropy with the soft target beta * p_knn + (1 - beta) * onehot(y), of which a few tokens are named. What their
+probabilities lack of 1 is the *rest*: the mass of all tokens that are not named, as one event. So
+
+    loss = - sum over named k of t_k log p_k  -  rest * log (1 - sum over named k of p_k)
+
+which leaves it to the model how the rest is shared out. (Renormalising the named ones instead teaches that there is nothing else:
+docs/experiments.md.) The full [tokens, vocabulary] matrix is made chunk by chunk and never kept: the gradient is computed in
+the forward pass.
 """
 
 from typing import Any
@@ -18,21 +24,16 @@ CHUNK = 512  # rows of logits alive at a time
 
 
 def soft_targets(labels: Tensor, knn_ids: Tensor, knn_probs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Mix one-hot labels [N] with sparse kNN distributions ids/probs [N, K] into ids, probs [N, K + 1]."""
+    """Mix one-hot labels [N] with sparse kNN distributions ids/probs [N, K], a row's sum at most 1, into ids, probs [N, K + 1]."""
     ids = torch.cat([labels[:, None], knn_ids], 1)
     return ids, torch.cat([knn_probs.new_full((len(labels), 1), 1 - beta), beta * knn_probs], 1)
 
 
-def entropy(probs: Tensor) -> Tensor:
-    """Mean entropy in nats of the rows of probs [N, K]; subtract it from a cross-entropy to get the KL."""
-    return -torch.xlogy(probs, probs).sum(1).mean()
-
-
 def sparse_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
-    """Mean over rows of -sum_k probs[k] * log softmax(hidden @ weight.T)[ids[k]].
+    """The loss above, its mean over rows, with p = softmax(hidden @ weight.T).
 
-    hidden [N, H] and weight [V, H] share a dtype; ids [N, K] int64; probs [N, K] float32, rows summing to 1. Repeated ids
-    in a row add up. Returns a float32 scalar.
+    hidden [N, H] and weight [V, H] share a dtype; ids [N, K] int64; probs [N, K] float32, rows summing to 1 less the rest. Repeated
+    ids in a row add up. Returns a float32 scalar.
     """
     loss: Tensor = _FusedSparseCrossEntropy.apply(hidden, weight, ids, probs)
     return loss
@@ -45,13 +46,21 @@ class _FusedSparseCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        rest = (1 - probs.sum(1, keepdim=True)).clamp_min(0)
+        any_rest = bool(rest.any())
         for start in range(0, rows, CHUNK):
             part = slice(start, start + CHUNK)
             logits = (hidden[part] @ weight.T).float()  # [C, V]
             norm = logits.logsumexp(1, keepdim=True)
             total += (probs[part] * (norm - logits.gather(1, ids[part]))).sum()
             # In place: at 8 k vocabulary a fresh chunk costs more in page faults than the arithmetic does.
-            residual = logits.sub_(norm).exp_().scatter_add_(1, ids[part], -probs[part]).div_(rows).to(hidden.dtype)
+            p = logits.sub_(norm).exp_()
+            if any_rest:
+                named = p.gather(1, ids[part])
+                mass = p.scatter_(1, ids[part], 0.0).sum(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+                total -= (rest[part] * mass.log()).sum()
+                p.mul_(1 - rest[part] / mass).scatter_(1, ids[part], named)
+            residual = p.scatter_add_(1, ids[part], -probs[part]).div_(rows).to(hidden.dtype)
             grad_hidden[part] = residual @ weight
             grad_weight += residual.T @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))

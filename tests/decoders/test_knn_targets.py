@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from decoders.datastore import PIECE, Datastore, build_index, spread, with_exact_distances
-from decoders.knn_lm import label_probability, token_masses, tune
+from decoders.knn_lm import add_up, label_probability, token_masses, tune
 from decoders.knn_targets import KEPT, beside_teacher, search_own, sparse_rows
 
 VOCABULARY = 40
@@ -52,10 +52,19 @@ def test_missing_neighbours_get_no_mass() -> None:
 
 
 def test_rows_with_many_tokens_keep_the_likeliest() -> None:
-    """And are renormalised."""
-    ids, probs = sparse_rows(np.arange(64, dtype=np.uint16)[None], (np.arange(64, dtype=np.float32) / 2016)[None])
-    assert set(ids[0].tolist()) == set(range(32, 64))
-    assert probs.astype(np.float64).sum() == pytest.approx(1, abs=2e-3)
+    """With their own probabilities: what is cut off is left to the rest."""
+    masses = np.arange(2 * KEPT, dtype=np.float32)
+    masses /= masses.sum()
+    ids, probs = sparse_rows(np.arange(2 * KEPT, dtype=np.uint16)[None], masses[None])
+    assert set(ids[0].tolist()) == set(range(KEPT, 2 * KEPT))
+    np.testing.assert_allclose(probs[0], masses[ids[0]], rtol=1e-3)
+
+
+def test_a_token_is_named_once() -> None:
+    """Its masses add up; zeros fill the places left over."""
+    ids, masses = add_up(np.array([[7, 3, 7, 3]], np.uint16), np.array([[0.1, 0.2, 0.3, 0.4]], np.float32))
+    assert ids.tolist() == [[3, 7, 0, 0]]
+    np.testing.assert_allclose(masses, [[0.6, 0.4, 0, 0]])
 
 
 def test_the_approximate_index_ranks_by_exact_distances() -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from decoders.errors import DecoderError, OptionError
 from server.errors import MemdecError
@@ -38,7 +39,7 @@ def _run(words: list[str]) -> int:
     logging.set_verbosity_error()  # what it warns of is an error of ours
     parallel.join()
     try:
-        command = {"pretrain": _pretrain, "verify": _verify, "evaluate": _evaluate}.get(args.command, _build)
+        command = {"pretrain": _pretrain, "retrieval": _retrieval, "verify": _verify, "evaluate": _evaluate}.get(args.command, _build)
         return command(args)
     finally:
         parallel.leave()
@@ -54,17 +55,34 @@ def _build(args: argparse.Namespace) -> int:
     if not args.checkpoint_every >= 0:
         raise OptionError(f"--checkpoint-every {args.checkpoint_every}: wanted seconds, 0 or above")
     Bookmark.SECONDS = Checkpoint.SECONDS = args.checkpoint_every
-    if not args.out.resolve().name:
-        raise OptionError(f"--out {args.out}: wanted a new folder")
-    args.out = args.out.parent.resolve() / args.out.name if args.out.name not in ("", "..") else args.out.resolve()
-
+    args.out, work = _folders(args)
     options = BuildOptions(**{f.name: getattr(args, f.name) for f in fields(BuildOptions)})
-    work = args.work or args.out.with_name(f"{args.out.name}.work")
     build = Build(args.name, Corpus.open(args.corpus), args.base, args.out, work, options, args.teacher, tuple(args.beside))
     made = build.run("package" if args.command == "build" else args.command)
     if parallel.rank() == 0:
         whole = args.command in ("build", "package")
         print(f"memdec serve {args.base} --decoder {args.name}={made}" if whole else made)
+    return 0
+
+
+def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """--out made absolute, and --work or what stands in for it."""
+    if not args.out.resolve().name:
+        raise OptionError(f"--out {args.out}: wanted a new folder")
+    out = args.out.parent.resolve() / args.out.name if args.out.name not in ("", "..") else args.out.resolve()
+    return out, args.work or out.with_name(f"{out.name}.work")
+
+
+def _retrieval(args: argparse.Namespace) -> int:
+    from decoders import parallel
+    from decoders.corpus import Corpus
+    from decoders.retrieval import RetrievalBuild, RetrievalOptions
+
+    out, work = _folders(args)
+    options = RetrievalOptions(**{f.name: getattr(args, f.name) for f in fields(RetrievalOptions)})
+    made = RetrievalBuild(args.name, Corpus.open(args.corpus), args.base, out, work, options).run()
+    if parallel.rank() == 0:
+        print(f"memdec serve {args.base} --decoder {args.name}=… --datastore {args.name}={made}")
     return 0
 
 
@@ -107,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands.add_parser("build", help="train a memory decoder on a corpus, beside a base model: all the stages below"))
     for stage in STAGES:
         _add_build(commands.add_parser(stage, help=f"run the build up to its stage {stage}, and stop"))
+    _add_retrieval(commands.add_parser("retrieval", help="make the retrieval baselines, kNN-LM and RAG, to serve beside a decoder"))
     verify = commands.add_parser("verify", help="check that a decoder package or a plain checkpoint can be served")
     verify.add_argument("path", type=Path, metavar="PATH", help="the decoder's folder")
     verify.add_argument("--base", type=Path, help="the base model it is to be served beside")
@@ -120,20 +139,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_build(parser: argparse.ArgumentParser) -> None:
-    from decoders.build import BuildOptions
-
+def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the domain's name")
     parser.add_argument("--corpus", required=True, help="a folder of text, JSON lines, parquet or arrow files, or 'stdlib'")
     parser.add_argument("--base", required=True, type=Path, help="Hugging Face folder of the base model")
     parser.add_argument("--out", required=True, type=Path, help="folder the package is written to")
     parser.add_argument("--work", type=Path, help="folder of the stages' artifacts (default: OUT.work)")
+
+
+def _add_options(parser: argparse.ArgumentParser, options: Any) -> None:
+    """A flag for every field of a dataclass of options."""
+    for f in fields(options):
+        help_text = f"{f.metadata['help']} (default: {f.default})"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=help_text)
+
+
+def _add_retrieval(parser: argparse.ArgumentParser) -> None:
+    from decoders.retrieval import RetrievalOptions
+
+    _add_source(parser)
+    _add_options(parser, RetrievalOptions)
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    from decoders.build import BuildOptions
+
+    _add_source(parser)
     parser.add_argument("--teacher", type=Path, help="model that is tuned to embed the datastore (default: the base)")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="a further base to tune lambda beside; repeatable")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds of work a kill may cost (default: %(default)s)")
-    for f in fields(BuildOptions):
-        help_text = f"{f.metadata['help']} (default: {f.default})"
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=help_text)
+    _add_options(parser, BuildOptions)
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:

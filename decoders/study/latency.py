@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from decoders.datastore import Datastore
-from decoders.study.retrieval import Passages, Retrieval
+from decoders.passages import Passages, RagOptions
 from decoders.tokens import Ids
 
 ROUNDS = 5
@@ -91,7 +91,7 @@ def knn(
     return decode
 
 
-def rag(base: PreTrainedModel, passages: Passages, how: Retrieval) -> Callable[[torch.Tensor, int], None]:
+def rag(base: PreTrainedModel, passages: Passages, how: RagOptions) -> Callable[[torch.Tensor, int], None]:
     """A new passage, and so a new pass over passage and context, every `stride` tokens."""
 
     def decode(prompt: torch.Tensor, tokens: int) -> None:

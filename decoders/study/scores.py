@@ -19,8 +19,9 @@ from decoders.knn_lm import label_probability, tune
 from decoders.manifest import Manifest, stage
 from decoders.models import load_model
 from decoders.package import fingerprint_model, safetensors_header
+from decoders.passages import Passages
 from decoders.study.plan import Budget
-from decoders.study.retrieval import Passages, rag_logprobs, tune_retrieval
+from decoders.study.rag import rag_logprobs, tune_retrieval
 from decoders.tokenizer import load_tokenizer
 from decoders.tokens import Ids, load_ends, load_tokens
 
@@ -208,7 +209,7 @@ def _score_rag(
     base, tokenizer, train = load_model(models.base), load_tokenizer(models.base), load_tokens(tokens, "train")
     few = [valid.starts[i] for i in np.linspace(0, len(valid.starts) - 1, min(budget.rag_tuning_windows, len(valid.starts))).astype(int)]
     how, tried = tune_retrieval(base, train, valid.ids, few, tokenizer)
-    passages = Passages(train, tokenizer, how.passage)
+    passages = Passages.build(train, tokenizer, how.passage)
     for name, part in (("test", test), ("general", other)):
         rows[name]["rag"] = rag_logprobs(base, passages, part.ids, part.starts, how, f"rag {name}")
     figures["tuned"]["rag"] = {**how.to_dict(), "tried": tried}

@@ -16,12 +16,12 @@ from decoders.manifest import Manifest, fingerprint, read_manifest, stage, write
 from decoders.models import load_model
 from decoders.near_duplicates import Cleaned
 from decoders.package import fingerprint_model
+from decoders.passages import Passages, RagOptions
 from decoders.study import latency
 from decoders.study.continuations import continuations
 from decoders.study.lora import write_lora
 from decoders.study.plan import Domain, Plan
 from decoders.study.report import write_report
-from decoders.study.retrieval import Passages, Retrieval
 from decoders.study.scores import Heldout, Models, write_scores
 from decoders.study.served import served_logprobs
 from decoders.teacher import write_tuned
@@ -117,8 +117,8 @@ class Study:
         methods = {"base": latency.plain(base), "decoder": latency.mixture(base, memory, tuned["decoder"]["lambda"])}
         methods["control"] = methods["decoder"]
         if models.rag:
-            how = Retrieval(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
-            methods["rag"] = latency.rag(base, Passages(train, load_tokenizer(models.base), how.passage), how)
+            how = RagOptions(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
+            methods["rag"] = latency.rag(base, Passages.build(train, load_tokenizer(models.base), how.passage), how)
         stores = {"knn_teacher": (models.store, teacher), "knn": (models.own_store, None)}
         for name, (folder, encoder) in stores.items():
             if folder is not None:

@@ -12,9 +12,10 @@ import torch
 
 from decoders.evaluate import label_logprobs, mix, perplexity, scored, windows
 from decoders.models import load_model, save_model
+from decoders.passages import Passages, RagOptions
 from decoders.pretrain import doubled
+from decoders.study.rag import rag_logprobs
 from decoders.study.report import interval, long_tail
-from decoders.study.retrieval import Passages, Retrieval, rag_logprobs
 from decoders.study.scores import METHODS
 from decoders.tokenizer import load_tokenizer
 from decoders.tokens import load_tokens
@@ -115,7 +116,7 @@ def test_rag_scores_equal_one_token_at_a_time(study: Path) -> None:
     """The passage in front of everything before the stride; each token from a pass of its own."""
     model, tokenizer = load_model(study / "base"), load_tokenizer(study / "base")
     train, ids = (load_tokens(study / "tiny" / "tokens", split) for split in ("train", "test"))
-    passages, how = Passages(train, tokenizer, 64), Retrieval(64, 16, 32)
+    passages, how = Passages.build(train, tokenizer, 64), RagOptions(64, 16, 32)
     ours = rag_logprobs(model, passages, ids, [256], how, "rag")
     assert passages.best([np.array(tokenizer("()=+-*/")["input_ids"])]).shape == (1, 64)  # no word to search for
     places = scored([256])

@@ -1,19 +1,19 @@
-"""Retrieval in front of the prompt (RAG): BM25 over passages of the training text, fetched anew every `stride` tokens.
+"""RagOptions in front of the prompt (RAG): BM25 over passages of the training text, fetched anew every `stride` tokens.
 
 As In-Context RALM does it (arXiv 2302.00083), the baseline of the paper: the last `query` tokens before the stride are the query, the best passage
 goes before the whole context, and the next `stride` tokens are scored.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import bm25s
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decoders.evaluate import SCORED, WINDOW, Floats, perplexity
+from decoders.passages import Passages, RagOptions
 from decoders.tokens import Ids
 from decoders.train import fast_precision, progress
 
@@ -22,45 +22,8 @@ BATCH = 16
 CHOICES: tuple[tuple[str, tuple[int, ...]], ...] = (("passage", (64, 128, 256)), ("query", (16, 32, 64)), ("stride", (64, 32)))
 
 
-@dataclass(frozen=True)
-class Retrieval:
-    """How passages are cut and fetched, all in tokens."""
-
-    passage: int = 128
-    query: int = 32
-    stride: int = 64
-
-    def to_dict(self) -> dict[str, int]:
-        """For a file."""
-        return asdict(self)
-
-
-class Passages:
-    """A BM25 index over a corpus's training tokens, cut into passages."""
-
-    def __init__(self, ids: Ids, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self.tokenizer, self.length = tokenizer, length
-        self.ids = np.asarray(ids[: len(ids) // length * length]).reshape(-1, length)
-        texts = tokenizer.batch_decode(self.ids)
-        self.index = bm25s.BM25()
-        self.index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
-        self.fallback = next(word for word in self.index.vocab_dict if word)  # for queries without a word, digits and signs alone
-
-    @property
-    def size(self) -> int:
-        """Bytes needed at inference: the index's arrays and the passages' tokens."""
-        return int(sum(a.nbytes for a in self.index.scores.values() if hasattr(a, "nbytes")) + self.ids.nbytes)
-
-    def best(self, queries: Sequence[Ids]) -> Ids:
-        """The best passage for each query, [queries, length]."""
-        words = bm25s.tokenize(self.tokenizer.batch_decode(list(queries)), stopwords=None, show_progress=False, return_ids=False)
-        found, _ = self.index.retrieve([w or [self.fallback] for w in words], k=1, show_progress=False)
-        chosen: Ids = self.ids[found[:, 0]]
-        return chosen
-
-
 @torch.inference_mode()
-def rag_logprobs(model: PreTrainedModel, passages: Passages, ids: Ids, starts: Sequence[int], how: Retrieval, what: str) -> Floats:
+def rag_logprobs(model: PreTrainedModel, passages: Passages, ids: Ids, starts: Sequence[int], how: RagOptions, what: str) -> Floats:
     """Log p(token) of the tokens that `evaluate.score` scores, in its order, with a fresh passage before every stride."""
     device = next(model.parameters()).device
     precision = fast_precision(device)
@@ -84,9 +47,9 @@ def rag_logprobs(model: PreTrainedModel, passages: Passages, ids: Ids, starts: S
 
 def tune_retrieval(
     model: PreTrainedModel, train: Ids, valid: Ids, starts: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Retrieval, list[dict[str, Any]]]:
+) -> tuple[RagOptions, list[dict[str, Any]]]:
     """The best passage length, query length and stride on validation windows, and everything that was tried."""
-    best, lowest = Retrieval(), float("inf")
+    best, lowest = RagOptions(), float("inf")
     tried: list[dict[str, Any]] = []
     indexes: dict[int, Passages] = {}
     for knob, values in CHOICES:
@@ -95,9 +58,9 @@ def tune_retrieval(
             if any(row["how"] == how.to_dict() for row in tried):
                 continue
             if how.passage not in indexes:
-                indexes[how.passage] = Passages(train, tokenizer, how.passage)
+                indexes[how.passage] = Passages.build(train, tokenizer, how.passage)
             found = perplexity(rag_logprobs(model, indexes[how.passage], valid, starts, how, f"rag {knob} {value}"))
             tried.append({"how": how.to_dict(), "perplexity": round(found, 3)})
         chosen = min(tried, key=lambda row: row["perplexity"])
-        best, lowest = Retrieval(**chosen["how"]), chosen["perplexity"]
+        best, lowest = RagOptions(**chosen["how"]), chosen["perplexity"]
     return best, [*tried, {"best": best.to_dict(), "perplexity": lowest}]

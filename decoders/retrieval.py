@@ -77,9 +77,10 @@ class RetrievalPackage:
     probed: int
     """Index cells a query visits."""
     rag: RagOptions
-    revision: str
-    size: int
-    """Bytes of its files."""
+    base: str
+    """Fingerprint of the base whose keys it holds."""
+    files: dict[str, dict[str, Any]]
+    """Every file's size and hash."""
     perplexity: dict[str, float]
     """Of the base and of the kNN-LM on the validation text."""
 
@@ -89,8 +90,8 @@ class RetrievalPackage:
         return Datastore(np.zeros((0, index.d), np.float16), np.load(self.path / VALUES, mmap_mode="r"), index)
 
     @classmethod
-    def open(cls, path: Path, base: Path) -> "RetrievalPackage":
-        """Read and check a folder for a base. Raises PackageError, one line, if it is damaged or another base's."""
+    def read(cls, path: Path) -> "RetrievalPackage":
+        """Read retrieval.json. Raises PackageError, one line."""
         if not path.is_dir():
             raise PackageError(f"{path}: no such folder")
         if not (path / NAME).is_file():
@@ -98,23 +99,41 @@ class RetrievalPackage:
         record = read_json(path / NAME)
         if record.get("format") != FORMAT:
             raise PackageError(f"{path / NAME}: format is {record.get('format')!r}, this version reads {FORMAT}")
-        try:
-            tuned, files = record["knn"], record["files"]
-            found = cls(
-                path, str(record["domain"]), int(record["entries"]), int(tuned["neighbours"]), float(tuned["tau"]), tuned["lam"],
-                int(tuned["probed"]), RagOptions(**record["rag"]), fingerprint(files), sum(f["bytes"] for f in files.values()), record["perplexity"],
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PackageError(f"{path / NAME}: damaged ({type(error).__name__}: {error})") from None
-        if not is_lambda(found.lam) or found.tau <= 0 or found.neighbours < 1 or found.probed < 1:
-            raise PackageError(f"{path / NAME}: knn is {tuned!r}, wanted lam from 0 to 1, the others above 0")
         if record.get("key") != KEY:
             raise PackageError(f"{path}: its keys are {record.get('key')!r}, wanted {KEY!r}")
-        if record.get("base") != fingerprint_model(base):
-            raise PackageError(f"{path}: made for another base (fingerprint {record.get('base')}; {base} has {fingerprint_model(base)})")
-        for name, expected in files.items():
+        try:
+            knn, files = record["knn"], record["files"]
+            found = cls(
+                path, str(record["domain"]), int(record["entries"]), int(knn["neighbours"]), float(knn["tau"]), knn["lam"],
+                int(knn["probed"]), RagOptions(**record["rag"]), str(record["base"]), files, dict(record["perplexity"]),
+            )  # fmt: skip
+            if not is_lambda(found.lam) or found.tau <= 0 or found.neighbours < 1 or found.probed < 1 or found.size < 1:
+                raise ValueError(f"knn is {knn!r}, wanted lam from 0 to 1, the others above 0")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PackageError(f"{path / NAME}: damaged ({type(error).__name__}: {error})") from None
+        return found
+
+    @classmethod
+    def open(cls, path: Path, base: Path) -> "RetrievalPackage":
+        """Read a folder and check it for a base. Raises PackageError, one line, if it is damaged or another base's."""
+        found, own = cls.read(path), fingerprint_model(base)
+        if found.base != own:
+            raise PackageError(
+                f"{path}: made for another base (fingerprint {found.base}; {base} has {own}); make one with memdec retrieval"
+            )
+        for name, expected in found.files.items():
             check_file(path / name, expected)
         return found
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(int(f["bytes"]) for f in self.files.values())
+
+    @property
+    def revision(self) -> str:
+        """Fingerprint of its files."""
+        return fingerprint(self.files)
 
 
 @dataclass(frozen=True)

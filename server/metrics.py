@@ -3,14 +3,19 @@
 Labels hold configured domain names only, never a client's string.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+Label = tuple[str, str]  # mode and domain
 
 BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
 LABELS = ("mode", "domain")
 NONE = "none"
+NO_LABEL = (NONE, NONE)  # mode and domain of requests that named no domain
+MODES = ("decoder", "knn", "rag", NONE)
 
 TIME_TO_FIRST_TOKEN = Histogram("memdec_time_to_first_token_seconds", "Arrival to first token.", LABELS, buckets=BUCKETS)
 INTER_TOKEN_LATENCY = Histogram(
@@ -21,28 +26,47 @@ TIME_PER_OUTPUT_TOKEN = Histogram(
 )
 GENERATED_TOKENS = Counter("memdec_generated_tokens", "Tokens generated.", LABELS)
 REQUESTS = Counter("memdec_requests", "Requests answered, by HTTP status.", (*LABELS, "status"))
+SHADOWS = Counter("memdec_shadows", "Decoder requests replayed in a baseline mode: done, failed or dropped.", (*LABELS, "outcome"))
+BUILD = Gauge("memdec_build_info", "Versions, as labels of a constant 1.", ("version", "vllm", "torch", "base"))
+
+
+class StepSeconds(Collector):
+    """Where the engine's steps spend their time; `totals` is refreshed from the worker before each scrape."""
+
+    totals: dict[str, tuple[float, int]]
+
+    def __init__(self) -> None:
+        self.totals = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """Two counters by part."""
+        seconds = CounterMetricFamily("memdec_step_seconds", "Seconds of the engine's steps, by part.", labels=["part"])
+        calls = CounterMetricFamily("memdec_step_calls", "Times each part of a step ran.", labels=["part"])
+        for part, (total, count) in self.totals.items():
+            seconds.add_metric([part], total)
+            calls.add_metric([part], count)
+        return iter((seconds, calls))
+
+
+STEP_SECONDS = StepSeconds()
+REGISTRY.register(STEP_SECONDS)
 
 
 class Timings:
-    """Per-token observations by domain; label lookups are done once, not per token."""
+    """Per-token observations by mode and domain; label lookups are done once, not per token."""
 
     def __init__(self, domains: Iterable[str]) -> None:
-        labels = {None: (NONE, NONE)} | {name: ("decoder", name) for name in domains}
-        self.first = {name: TIME_TO_FIRST_TOKEN.labels(*pair) for name, pair in labels.items()}
-        self.next = {name: INTER_TOKEN_LATENCY.labels(*pair) for name, pair in labels.items()}
-        self.mean = {name: TIME_PER_OUTPUT_TOKEN.labels(*pair) for name, pair in labels.items()}
-        self.count = {name: GENERATED_TOKENS.labels(*pair) for name, pair in labels.items()}
+        labels = [NO_LABEL, *((mode, name) for name in domains for mode in MODES)]
+        self.first = {label: TIME_TO_FIRST_TOKEN.labels(*label) for label in labels}
+        self.next = {label: INTER_TOKEN_LATENCY.labels(*label) for label in labels}
+        self.mean = {label: TIME_PER_OUTPUT_TOKEN.labels(*label) for label in labels}
+        self.count = {label: GENERATED_TOKENS.labels(*label) for label in labels}
 
-    def tokens(self, choice: Any, count: int, seconds: float, first: bool) -> None:
+    def tokens(self, label: Label, count: int, seconds: float, first: bool) -> None:
         """Count `count` new tokens that came `seconds` after the arrival (first) or after the previous ones."""
-        name = _name(choice)
-        (self.first if first else self.next)[name].observe(seconds)
-        self.count[name].inc(count)
+        (self.first if first else self.next)[label].observe(seconds)
+        self.count[label].inc(count)
 
-    def finished(self, choice: Any, seconds: float) -> None:
+    def finished(self, label: Label, seconds: float) -> None:
         """A request of at least two tokens ended; `seconds` is its mean time per token after the first."""
-        self.mean[_name(choice)].observe(seconds)
-
-
-def _name(choice: Any) -> str | None:
-    return choice.domain if choice is not None else None
+        self.mean[label].observe(seconds)

@@ -1,7 +1,8 @@
 """From command-line paths to checked models: whatever can be refused is refused here, before any process is started."""
 
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from decoders.errors import DecoderError
 from decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, read_json, safetensors_header
+from decoders.retrieval import RetrievalPackage
 from decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash
 from server.errors import StartupError
-from server.routing.domains import Domain, Domains
+from server.routing.domains import Datastore, Domain, Domains
 
 # config.json entries that may differ between decoders of one shape
 NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -35,27 +37,51 @@ class Models:
         if not self.domains.all:
             return {}
         decoders = [{"name": d.name, "path": d.path, "lambda": d.lam, "revision": d.revision} for d in self.domains]
+        datastores = [{"name": d.name, "path": d.datastore.path} for d in self.domains if d.datastore is not None]
         return {
             "architectures": ["MemoryDecoderForCausalLM"],
-            "memory_decoder": {"base_architecture": self.architecture, "decoders": decoders},
+            "memory_decoder": {"base_architecture": self.architecture, "decoders": decoders, "datastores": datastores},
         }
 
 
 def check_models(base: str, decoders: list[str], served_name: str | None = None) -> Models:
     """Resolve MODEL and the `--decoder NAME=PATH` values. Raises StartupError with one line that names what is wrong."""
     try:
-        return _check(base, [parse_decoder(d) for d in decoders], served_name)
+        return _check(base, [parse_named("--decoder", d) for d in decoders], served_name)
     except DecoderError as error:
         raise StartupError(str(error)) from None
 
 
-def parse_decoder(text: str) -> tuple[str, str]:
+def with_datastores(models: Models, values: list[str], skip_broken: bool) -> Models:
+    """The same with the `--datastore NAME=PATH` values checked and joined to their domains.
+
+    Raises StartupError naming what is wrong; with `skip_broken`, a datastore that can't be used is told of and left out.
+    """
+    found: dict[str, Datastore] = {}
+    for name, path in (parse_named("--datastore", value) for value in values):
+        if name not in models.domains.names:
+            raise StartupError(f"--datastore {name}={path}: no --decoder is called {name!r}")
+        if name in found:
+            raise StartupError(f"--datastore: the name {name!r} is given twice")
+        try:
+            package = RetrievalPackage.open(Path(path).resolve(), models.base)
+        except DecoderError as error:
+            if not skip_broken:
+                raise StartupError(f"--datastore {name}: {error} (--skip-broken-datastores serves without it)") from None
+            print(f"memdec: warning: --datastore {name}: {error}; serving without it", file=sys.stderr, flush=True)
+            continue
+        found[name] = Datastore(str(package.path), package.lam, package.entries, package.size, package.revision)
+    domains = tuple(replace(d, datastore=found.get(d.name)) for d in models.domains)
+    return replace(models, domains=replace(models.domains, all=domains))
+
+
+def parse_named(flag: str, text: str) -> tuple[str, str]:
     """Split NAME=PATH."""
     name, equals, path = text.partition("=")
     if not equals or not path:
-        raise StartupError(f"--decoder {text}: wanted NAME=PATH")
+        raise StartupError(f"{flag} {text}: wanted NAME=PATH")
     if not DOMAIN.fullmatch(name):
-        raise StartupError(f"--decoder {text}: the name {name!r} must be {DOMAIN_RULE}")
+        raise StartupError(f"{flag} {text}: the name {name!r} must be {DOMAIN_RULE}")
     return name, path
 
 

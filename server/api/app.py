@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api import catalogue, completions, greeting
-from server.api.middleware import AnswerCount, ApiKey, BodyLimit
+from server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes
 from server.engine import openai_layer as vllm_api
 from server.errors import MemdecError
 from server.routing.domains import Domains
@@ -38,6 +38,7 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
     app.exception_handler(MemdecError)(_error_response)
 
     keys = [key for key in args.api_key or [] if key]
+    app.add_middleware(FreshStepTimes, engine=engine)
     app.add_middleware(BodyLimit, limit=args.max_body_bytes)
     vllm_api.init_entrypoints_middleware(Namespace(**{**vars(args), "api_key": None}), app, ("generate",))
     if keys:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server.engine.choice import DOMAIN, LAMBDA, MemoryChoice
+from server.engine.choice import RESERVED, MemoryChoice
 from server.engine.openai_layer import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -19,6 +19,7 @@ from server.engine.openai_layer import (
     with_cancellation,
 )
 from server.errors import RequestError
+from server.retrieval.rag import Added, added
 from server.routing.selection import Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
@@ -48,13 +49,40 @@ async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     raw_request.state.selection = selection  # for the metrics
     _apply(selection, request)
     asked_model.set(request.model)
+    retrieved = Added()
+    added.set(retrieved)
     response: Response | None = await handler(request, raw_request)
     if isinstance(response, StreamingResponse):
         response = await with_cancellation(_begin)(response, raw_request)
     if response is None:
         return Response(status_code=CLIENT_LEFT)
+    if selection.mode == "rag":
+        response = with_usage(response, retrieved)
     response.headers.update(selection.headers())
     return response
+
+
+def with_usage(response: Response, retrieved: Added) -> Response:
+    """The answer with the tokens that retrieval added counted in its usage: vLLM counts the prompt that it is shown, the client's."""
+    if isinstance(response, StreamingResponse):
+        events = response.body_iterator
+
+        async def counted() -> AsyncIterator[Any]:
+            async for event in events:
+                if isinstance(event, str) and event.startswith("data: {") and '"usage":{' in event:
+                    event = f"data: {json.dumps(_counted(json.loads(event[6:]), retrieved), ensure_ascii=False)}\n\n"
+                yield event
+
+        response.body_iterator = counted()
+        return response
+    body = json.loads(bytes(response.body))
+    return JSONResponse(_counted(body, retrieved), response.status_code) if body.get("usage") else response
+
+
+def _counted(body: dict[str, Any], retrieved: Added) -> dict[str, Any]:
+    for key in ("prompt_tokens", "total_tokens"):
+        body["usage"][key] += retrieved.tokens
+    return body
 
 
 async def _require_unicode(raw_request: Request) -> None:
@@ -111,7 +139,7 @@ async def _begin(response: StreamingResponse, _: Request) -> Response:
 
 def _select(request: Any, raw_request: Request) -> Selection:
     """The selection of one parsed request. Our fields are unknown to vLLM's classes, which keep such fields in `model_extra`."""
-    for name in (DOMAIN, LAMBDA):
+    for name in RESERVED:
         if name in (request.vllm_xargs or {}):
             raise RequestError(f"vllm_xargs.{name} is reserved. Use the body field {name}.", "vllm_xargs")
     headers = {name: [value.strip() for value in raw_request.headers.getlist(name)] for name in ("x-domain", "x-lambda", "x-memory")}
@@ -119,9 +147,10 @@ def _select(request: Any, raw_request: Request) -> Selection:
 
 
 def _apply(selection: Selection, request: Any) -> None:
-    """Put an active selection where it travels to the worker: SamplingParams.extra_args, by way of vllm_xargs."""
-    if not selection.active or selection.domain is None:
+    """Put the selection where it travels to the engine: SamplingParams.extra_args, by way of vllm_xargs."""
+    if selection.domain is None:
         return
-    if request.use_beam_search:
+    if selection.mode != "none" and request.use_beam_search:
         raise RequestError("Beam search can't be used with a domain. Drop use_beam_search, or the domain.", "use_beam_search")
-    request.vllm_xargs = {**(request.vllm_xargs or {}), **MemoryChoice(selection.domain.name, selection.lam).to_extra_args()}
+    choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride)
+    request.vllm_xargs = {**(request.vllm_xargs or {}), **choice.to_extra_args()}

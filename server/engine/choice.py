@@ -1,29 +1,45 @@
-"""What a request chose, as it travels through vLLM: two entries of SamplingParams.extra_args."""
+"""What a request chose, as it travels through vLLM: entries of SamplingParams.extra_args."""
 
 from dataclasses import dataclass
 from typing import Any
 
-DOMAIN, LAMBDA = "domain", "lambda"
+MODE, DOMAIN, LAMBDA, STRIDE = "memory", "domain", "lambda", "rag_stride"
+DECODER, KNN, RAG, NONE = "decoder", "knn", "rag", "none"
+SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a later one; set by the engine
+RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, SEGMENT)
 
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """A domain's decoder, mixed in with lambda > 0."""
+    """A mode and a domain. `decoder` and `knn` are mixed in with lambda, in the engine's step; `rag` changes the prompt; `none` is the base alone."""
 
+    mode: str
     domain: str
-    lam: float
+    lam: float = 0.0
+    stride: int = 0
+    """With `rag`: retrieve anew every so many tokens; 0: once."""
 
     @classmethod
     def of(cls, params: Any) -> "MemoryChoice | None":
-        """The choice in a request's SamplingParams (or pooling parameters, which have none); None: the base alone.
-
-        Lambda 0 is the base alone too: it costs nothing, reads and fills the base's own cache blocks, and is exact.
-        """
+        """The choice in a request's SamplingParams (or pooling parameters, which have none); None: no domain was named."""
         extra = getattr(params, "extra_args", None)
-        if not extra or extra.get(DOMAIN) is None or not extra[LAMBDA]:
+        if not extra or extra.get(DOMAIN) is None:
             return None
-        return cls(extra[DOMAIN], float(extra[LAMBDA]))
+        return cls(extra[MODE], extra[DOMAIN], float(extra.get(LAMBDA) or 0.0), int(extra.get(STRIDE) or 0))
 
-    def to_extra_args(self) -> dict[str, str | float]:
+    def to_extra_args(self) -> dict[str, str | float | int]:
         """The entries to put into SamplingParams.extra_args."""
-        return {DOMAIN: self.domain, LAMBDA: self.lam}
+        return {MODE: self.mode, DOMAIN: self.domain, LAMBDA: self.lam, STRIDE: self.stride}
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a distribution is mixed into the base's.
+
+        Lambda 0 is the base alone: it costs nothing, reads and fills the base's own cache blocks, and is exact.
+        """
+        return self.mode in (DECODER, KNN) and self.lam > 0
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """Mode and domain in the metrics: what was done, which for lambda 0 is nothing."""
+        return (self.mode if self.mixed or self.mode == RAG else NONE), self.domain

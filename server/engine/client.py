@@ -7,9 +7,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from server.engine.choice import MemoryChoice
+from server.engine import rag
+from server.engine.choice import DECODER, RAG, SEGMENT, MemoryChoice
+from server.engine.shadows import Shadows
 from server.errors import ShuttingDown
-from server.metrics import Timings
+from server.metrics import NO_LABEL, Timings
+from server.retrieval.rag import PassageFinder
 
 
 class TimedOutputProcessor(OutputProcessor):
@@ -21,20 +24,25 @@ class TimedOutputProcessor(OutputProcessor):
         """Remember whose tokens these will be."""
         super().add_request(request, *args, **kwargs)
         choice = MemoryChoice.of(request.sampling_params)
-        self.request_states[request.request_id].memory_choice = choice
+        state: Any = self.request_states[request.request_id]
+        state.memory_label = choice.label if choice is not None else NO_LABEL
+        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        state.memory_segment = extra.get(SEGMENT, 0)
 
     def _update_stats_from_output(self, req_state: Any, engine_core_output: Any, engine_core_timestamp: Any, iteration_stats: Any) -> None:
         first, before = req_state.is_prefilling, req_state.stats.last_token_ts if req_state.stats else 0.0
         super()._update_stats_from_output(req_state, engine_core_output, engine_core_timestamp, iteration_stats)
         if iteration_stats is None or not engine_core_output.new_token_ids:
             return
+        # A later pass of one answer begins when the pass before it ends: its first token is the client's next.
         seconds = req_state.stats.first_token_latency if first else engine_core_timestamp - before
-        self.timings.tokens(req_state.memory_choice, len(engine_core_output.new_token_ids), seconds, first)
+        first = first and req_state.memory_segment < 2
+        self.timings.tokens(req_state.memory_label, len(engine_core_output.new_token_ids), seconds, first)
 
     def _update_stats_from_finished(self, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
         super()._update_stats_from_finished(req_state, finish_reason, iteration_stats)
-        if iteration_stats is not None and req_state.stats.num_generation_tokens > 1:
-            self.timings.finished(req_state.memory_choice, iteration_stats.finished_requests[-1].mean_time_per_output_token)
+        if iteration_stats is not None and req_state.stats.num_generation_tokens > 1 and not req_state.memory_segment:
+            self.timings.finished(req_state.memory_label, iteration_stats.finished_requests[-1].mean_time_per_output_token)
 
 
 class CutOff(EngineDeadError):
@@ -49,14 +57,37 @@ class MemoryEngine(AsyncLLM):
     """The engine client of one server process."""
 
     draining = False
+    shadows: Shadows | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         composite = getattr(self.vllm_config.model_config.hf_config, "memory_decoder", {"decoders": []})
         self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
+        self.finders: dict[str, PassageFinder] = {}
+        """The passages of each domain that has some."""
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
         self.output_processor.timings = Timings(self.revisions)
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
+        """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt."""
+        choice = MemoryChoice.of(sampling_params)
+        if choice is None or choice.mode != RAG:
+            if self.shadows is not None and choice is not None and choice.mode == DECODER and choice.mixed:
+                self.shadows.offer(prompt, sampling_params, choice.domain)
+            return super().generate(prompt, sampling_params, request_id, **rest)
+        finder, context = self.finders[choice.domain], self.model_config.max_model_len
+        if choice.stride:
+            rest["tokenizer"] = self.renderer.tokenizer
+            return rag.retrieve_every(choice.stride, super().generate, finder, context, prompt, sampling_params, request_id, **rest)
+        return rag.retrieve_once(super().generate, finder, context, prompt, sampling_params, request_id, **rest)
+
+    async def step_times(self) -> dict[str, tuple[float, int]]:
+        """Part of a step -> seconds and calls since the start; empty without memories."""
+        if not self.revisions:
+            return {}
+        found: list[dict[str, tuple[float, int]]] = await self.collective_rpc("step_times")
+        return found[0]
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The one choke point of all routes: prefix-cache blocks carry the domain and decoder revision that filled them.
@@ -100,7 +131,10 @@ class MemoryEngine(AsyncLLM):
 
 
 def cache_salt(choice: MemoryChoice | None, revisions: dict[str, str], client: str | None) -> str | None:
-    """The salt of a request's first cache block; None, vLLM's default, for the base without a salt of the client's."""
-    if choice is None:
+    """The salt of a request's first cache block; None, vLLM's default, for the base without a salt of the client's.
+
+    Only decoders have KV of their own: kNN-LM and RAG fill the base's blocks.
+    """
+    if choice is None or not choice.mixed or choice.mode != DECODER:
         return f"base:{client}" if client else None
     return f"domain:{choice.domain}:{revisions[choice.domain]}:{client or ''}"

@@ -5,14 +5,18 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from decoders.package import read_json
+from decoders.retrieval import RetrievalPackage
+from decoders.tokenizer import load_tokenizer
 from server.errors import StartupError
-from server.startup import Models, check_models
+from server.retrieval.rag import PassageFinder
+from server.startup import Models, check_models, with_datastores
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
@@ -31,6 +35,7 @@ def serve(argv: list[str]) -> int:
     set_environment(argv)
     args = parse(argv)
     models = check_models(args.model, args.decoder, (args.served_model_name or [None])[0])
+    models = with_datastores(models, args.datastore, args.skip_broken_datastores)
     configure(args, models)
     import uvloop
 
@@ -81,6 +86,17 @@ def _options(parser: Parser) -> Parser:
     ours.add_argument(
         "--decoder", action="append", default=[], metavar="NAME=PATH", help="a domain's decoder: a package or a plain checkpoint"
     )
+    ours.add_argument(
+        "--datastore", action="append", default=[], metavar="NAME=PATH", help="a domain's retrieval baselines, made by memdec retrieval"
+    )
+    ours.add_argument("--skip-broken-datastores", action="store_true", help="serve without a datastore that is damaged or another base's")
+    ours.add_argument(
+        "--baseline-sample-rate",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the decoder requests that is replayed at low priority with the base alone and the domain's baselines (default: 0)",
+    )
     ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
     return parser
 
@@ -90,6 +106,10 @@ def configure(args: Namespace, models: Models) -> None:
     from vllm.config import CUDAGraphMode
 
     require_supported(models)
+    if not 0 <= args.baseline_sample_rate <= 1:
+        raise StartupError(f"--baseline-sample-rate {args.baseline_sample_rate}: wanted a number from 0 to 1")
+    if args.baseline_sample_rate:
+        args.scheduling_policy = "priority"  # replays come after clients; equal priorities are served in the order they came
     if models.positions is not None:
         if args.max_model_len is None or args.max_model_len == -1:
             args.max_model_len = models.positions
@@ -166,6 +186,7 @@ async def _serve(args: Namespace, models: Models) -> int:
     except (ValueError, RuntimeError) as error:
         raise StartupError(f"the engine did not start: {str(error).strip().splitlines()[0]}") from error
     try:
+        await _equip(engine, args, models)
         app = await build_app(engine, args, models.domains, started)
         stopped = await serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
@@ -181,6 +202,22 @@ async def _serve(args: Namespace, models: Models) -> int:
     if failed:
         print("memdec: the engine died; see the log above", file=sys.stderr, flush=True)
     return int(failed)
+
+
+async def _equip(engine: Any, args: Namespace, models: Models) -> None:
+    """Passages for mode `rag`, the replays of decoder requests, and what the metrics say of this build."""
+    import vllm
+
+    from server import metrics
+    from server.engine.shadows import Shadows, baselines_of
+
+    metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
+    stores = {d.name: d.datastore for d in models.domains if d.datastore is not None}
+    tokenizer = load_tokenizer(models.base) if stores else None
+    engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}
+    if args.baseline_sample_rate:
+        baselines = baselines_of({name: store.lam for name, store in stores.items()}, models.domains.names)
+        engine.shadows = Shadows(engine, args.baseline_sample_rate, baselines)
 
 
 def run_until_done(argv: list[str]) -> int:

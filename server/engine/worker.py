@@ -14,20 +14,21 @@ from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from server.engine.choice import MemoryChoice
+from server.engine.choice import DECODER, KNN, MemoryChoice
 from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
 
 
 class RoutesSteps:
     """Mixin for vLLM's V1 model runners."""
 
-    slots: dict[str, int]
+    slots: dict[tuple[str, str], int]
 
     def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         runner: Any = self
         if not hasattr(self, "slots"):
-            decoders = runner.model_config.hf_config.memory_decoder["decoders"]
-            self.slots = {d["name"]: i for i, d in enumerate(decoders, 1)}
+            spec = runner.model_config.hf_config.memory_decoder
+            memories = [(DECODER, d["name"]) for d in spec["decoders"]] + [(KNN, d["name"]) for d in spec.get("datastores", [])]
+            self.slots = {memory: slot for slot, memory in enumerate(memories, 1)}
         batch = runner.input_batch
         ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
         rows = [self._row(runner.requests[r], ends[i + 1] - ends[i]) for i, r in enumerate(batch.req_ids)]
@@ -37,9 +38,9 @@ class RoutesSteps:
 
     def _row(self, request: Any, tokens: int) -> RowChoice:
         choice = MemoryChoice.of(request.sampling_params)
-        if choice is None:
+        if choice is None or not choice.mixed:
             return RowChoice(NO_DOMAIN, 0.0, tokens)
-        return RowChoice(self.slots[choice.domain], choice.lam, tokens)
+        return RowChoice(self.slots[choice.mode, choice.domain], choice.lam, tokens)
 
 
 class RoutedCPUModelRunner(RoutesSteps, CPUModelRunner):
@@ -60,7 +61,17 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-class CPUMemoryWorker(cpu_worker.CPUWorker):
+class TellsTimes:
+    """Mixin for workers: what the front end asks for when it is scraped."""
+
+    def step_times(self) -> dict[str, tuple[float, int]]:
+        """Part of a step -> seconds and calls since the start."""
+        worker: Any = self
+        times: dict[str, tuple[float, int]] = worker.model_runner.get_model().times.totals()
+        return times
+
+
+class CPUMemoryWorker(TellsTimes, cpu_worker.CPUWorker):
     """`worker_cls` on CPUs."""
 
     def init_device(self) -> None:
@@ -69,7 +80,7 @@ class CPUMemoryWorker(cpu_worker.CPUWorker):
             super().init_device()
 
 
-class GPUMemoryWorker(gpu_worker.Worker):
+class GPUMemoryWorker(TellsTimes, gpu_worker.Worker):
     """`worker_cls` on CUDA devices."""
 
     def _make_model_runner(self) -> RoutedGPUModelRunner:

@@ -2,7 +2,10 @@
 
 Started on the base's own folder with
     hf_overrides={"architectures": ["MemoryDecoderForCausalLM"],
-                  "memory_decoder": {"base_architecture": ..., "decoders": [{"name": ..., "path": ..., "lambda": ...}, ...]}}
+                  "memory_decoder": {"base_architecture": ..., "decoders": [{"name": ..., "path": ..., "lambda": ...}, ...],
+                                     "datastores": [{"name": ..., "path": ...}, ...]}}
+
+Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states.
 """
 
 import copy
@@ -17,10 +20,13 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
+from decoders.retrieval import RetrievalPackage
 from server.model.mixing import mix
 from server.model.packing import pack, unpack
 from server.model.routed import CurrentStep, routed_view, share_attention
 from server.model.routing import StepRouting, group
+from server.model.timing import StepTimes
+from server.retrieval.knn import KnnMemory, log_probabilities
 
 
 class MemoryDecoderForCausalLM(nn.Module):
@@ -45,6 +51,8 @@ class MemoryDecoderForCausalLM(nn.Module):
             for i in range(len(self.paths))
         )
         share_attention(list(self.towers), vllm_config.compilation_config.static_forward_context)
+        self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
+        self.times = StepTimes()
         self.step = CurrentStep()
         # Not a registered child: it owns no weights, and vLLM must not post-process them twice.
         self.__dict__["view"] = None
@@ -86,16 +94,21 @@ class MemoryDecoderForCausalLM(nn.Module):
 
         `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0.
         """
-        hidden = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
+        with self.times.part("base", positions.device):
+            hidden = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
         if routing is None:
             slots = torch.ones(len(hidden), dtype=torch.int64)
             routing = StepRouting(slots.to(hidden.device), torch.zeros(len(hidden), device=hidden.device), group(slots, hidden.device))
-        return pack(hidden, self._memory(input_ids, positions, routing, hidden), routing.slots, routing.lams)
+        towers = routing.up_to(len(self.towers))
+        if not towers.groups:
+            memory = hidden.new_zeros(len(hidden), self.memory_width)
+        else:
+            with self.times.part("memory", positions.device):
+                memory = self._memory(input_ids, positions, towers)
+        return pack(hidden, memory, routing.slots, routing.lams)
 
-    def _memory(self, input_ids: Tensor, positions: Tensor, routing: StepRouting, like: Tensor) -> Tensor:
-        """Hidden states of each token's own decoder, [tokens, H_memory]; zeros where no token of the step has one."""
-        if not routing.groups:
-            return like.new_zeros(len(like), self.memory_width)
+    def _memory(self, input_ids: Tensor, positions: Tensor, routing: StepRouting) -> Tensor:
+        """Hidden states of each token's own decoder, [tokens, H_memory]; anything where a token has none."""
         # The base may have more rows of padding, and a client may send their ids.
         input_ids = input_ids.clamp(max=self.memory_ids - 1)
         if (only := routing.only) is not None:
@@ -107,17 +120,29 @@ class MemoryDecoderForCausalLM(nn.Module):
 
     def compute_logits(self, rows: Tensor) -> Tensor | None:
         """Mixed logits [n, V] float32 from packed rows [n, ...]; the base's own, untouched, where no row has a memory."""
-        hidden, memory, slots, lams = unpack(rows, self.width, len(self.towers))
-        logits: Tensor | None = self.base.compute_logits(hidden.contiguous())
+        hidden, memory, slots, lams = unpack(rows, self.width, len(self.towers) + len(self.stores))
+        with self.times.part("base", rows.device):
+            logits: Tensor | None = self.base.compute_logits(hidden.contiguous())
         groups = group(torch.where(lams > 0, slots, 0).cpu(), rows.device)
         if logits is None or not groups:  # None: not the rank that gathers
             return logits
         mixed = logits.float()
         for slot, index in groups:
-            tower: Any = self.towers[slot - 1]
-            memory_logits = tower.compute_logits(memory[index])
-            mixed[index] = mix(logits[index], memory_logits, lams[index])
+            own = self._memory_logits(slot, hidden[index], memory[index], logits.shape[-1])
+            with self.times.part("mixing", rows.device):
+                mixed[index] = mix(logits[index], own, lams[index])
         return mixed
+
+    def _memory_logits(self, slot: int, hidden: Tensor, memory: Tensor, vocabulary: int) -> Tensor:
+        """What is mixed into a slot's rows [n, ...]: its decoder's logits, or its datastore's log-probabilities."""
+        if slot <= len(self.towers):
+            tower: Any = self.towers[slot - 1]
+            with self.times.part("memory", hidden.device):
+                logits: Tensor = tower.compute_logits(memory)
+            return logits
+        with self.times.part("search", hidden.device):
+            tokens, weights = self.stores[slot - len(self.towers) - 1].search(hidden)
+            return log_probabilities(tokens, weights, vocabulary)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
         """Load the base from vLLM's iterator and every tower from its own folder.

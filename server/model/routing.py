@@ -1,17 +1,17 @@
 """Which decoder each token of one engine step belongs to. Both runner adapters make it, the model reads it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-NO_DOMAIN = 0  # the slot of requests that use the base alone; decoders have slots 1 to D
+NO_DOMAIN = 0  # the slot of requests that use the base alone; decoders have slots 1 to D, datastores D + 1 to D + S
 
 
 @dataclass(frozen=True)
 class RowChoice:
-    """One request of the step: its decoder's slot (0: none), its lambda, and how many tokens it has in this step."""
+    """One request of the step: its slot (0: none), its lambda, and how many tokens it has in this step."""
 
     slot: int
     lam: float
@@ -36,6 +36,10 @@ class StepRouting:
         slots = torch.tensor([row.slot for row in rows] + [NO_DOMAIN]).repeat_interleave(counts)
         lams = torch.tensor([row.lam for row in rows] + [0.0], dtype=torch.float32).repeat_interleave(counts)
         return cls(slots.to(device), lams.to(device), group(slots, device))
+
+    def up_to(self, most: int) -> "StepRouting":
+        """The same without the groups of higher slots: datastores need no tower."""
+        return self if all(slot <= most for slot, _ in self.groups) else replace(self, groups=tuple(g for g in self.groups if g[0] <= most))
 
     @property
     def only(self) -> int | None:

@@ -8,8 +8,25 @@ from server.errors import UnknownDomain
 
 
 @dataclass(frozen=True)
+class Datastore:
+    """What a domain's retrieval baselines, kNN-LM and RAG, need to say of themselves."""
+
+    path: str
+    lam: float
+    """Lambda of kNN-LM requests that name none: tuned beside this base."""
+    entries: int
+    size: int
+    """Bytes of its files."""
+    revision: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of an entry of /v1/domains."""
+        return {"entries": self.entries, "lambda": self.lam, "size_bytes": self.size, "revision": self.revision}
+
+
+@dataclass(frozen=True)
 class Domain:
-    """One loaded decoder."""
+    """One loaded decoder, and its datastore if it has one."""
 
     name: str
     path: str
@@ -24,6 +41,12 @@ class Domain:
     """Hash of its token -> id map, equal to the base's."""
     perplexity: dict[str, Any]
     """Measured test perplexities beside this base; empty if never measured."""
+    datastore: Datastore | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """What a request may ask for."""
+        return ("decoder", "knn", "rag", "none") if self.datastore is not None else ("decoder", "none")
 
     def to_json(self) -> dict[str, Any]:
         """One entry of /v1/domains."""
@@ -33,11 +56,12 @@ class Domain:
             "name": self.name,
             "lambda": self.lam,
             "lambda_tuned": self.tuned,
-            "modes": ["decoder", "none"],
+            "modes": list(self.modes),
             "revision": self.revision,
             "size_bytes": self.size,
             "tokenizer_hash": self.tokenizer,
             "perplexity": self.perplexity or None,
+            "datastore": self.datastore.to_json() if self.datastore is not None else None,
         }
 
 

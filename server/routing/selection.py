@@ -10,6 +10,7 @@ from server.routing.domains import Domain, Domains
 
 MODES = ("decoder", "knn", "rag", "none")
 FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
+STRIDE = "rag_stride"  # a body field
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,19 @@ class Selection:
     domain: Domain | None
     mode: str
     lam: float
+    stride: int = 0
+    """With `rag`: tokens between retrievals; 0: once."""
 
     @property
-    def active(self) -> bool:
-        """Whether a decoder takes part."""
-        return self.domain is not None and self.mode == "decoder"
+    def mixed(self) -> bool:
+        """Whether a distribution is mixed into the base's, with lambda."""
+        return self.mode in ("decoder", "knn")
 
     def headers(self) -> dict[str, str]:
         """Response headers that say what was used."""
         headers = {"X-Memory-Mode": self.mode}
         if self.domain is not None:
-            headers |= {"X-Memory-Domain": self.domain.name, "X-Memory-Lambda": f"{self.lam if self.active else 0.0:g}"}
+            headers |= {"X-Memory-Domain": self.domain.name, **({} if self.mode == "rag" else {"X-Memory-Lambda": f"{self.lam:g}"})}
         return headers
 
 
@@ -53,11 +56,17 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
     domain = _domain(domains, given["domain"])
     mode = _mode(domain, given["memory"])
     lam = _lambda(given["lambda"])
+    stride = _stride(body.get(STRIDE), mode)
     if domain is None:
         if lam is not None:
             raise RequestError(f"lambda was given without a domain. Add one of: {', '.join(domains.names)}.", "lambda")
         return Selection(None, "none", 0.0)
-    return Selection(domain, mode, domain.lam if lam is None else lam)
+    if mode == "rag" and lam is not None:
+        raise RequestError("lambda has no meaning with memory 'rag', which mixes nothing. Leave it out.", "lambda")
+    if mode in ("rag", "none"):
+        return Selection(domain, mode, 0.0, stride)
+    default = domain.datastore.lam if mode == "knn" and domain.datastore is not None else domain.lam
+    return Selection(domain, mode, default if lam is None else lam)
 
 
 def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> list[Given]:
@@ -85,9 +94,19 @@ def _mode(domain: Domain | None, given: list[Given]) -> str:
         raise BadMode(f"memory is {_shown(mode)}. It must be one of: {', '.join(MODES)}.")
     if domain is None and mode != "none":
         raise BadMode(f"memory {mode!r} needs a domain, and none was chosen.")
-    if domain is not None and mode in ("knn", "rag"):
+    if domain is not None and mode not in domain.modes:
         raise NoDatastore(f"memory {mode!r}: no datastore is loaded for domain {domain.name!r}. Use decoder or none.")
     return mode
+
+
+def _stride(value: Any, mode: str) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError(f"{STRIDE} is {_shown(value)}. It must be a whole number above 0.", STRIDE)
+    if mode != "rag":
+        raise RequestError(f"{STRIDE} needs memory 'rag', and this request's memory is {mode!r}.", STRIDE)
+    return value
 
 
 def _lambda(given: list[Given]) -> float | None:

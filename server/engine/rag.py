@@ -1,0 +1,112 @@
+"""RAG through the engine: a passage before the prompt, fetched once, or anew every `stride` tokens (paper, section 5.1: 4)."""
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+from server.engine.choice import SEGMENT
+from server.retrieval.rag import PassageFinder, added
+
+Generate = Callable[..., AsyncGenerator[RequestOutput, None]]  # AsyncLLM.generate
+NOT_STRIDED = {  # what would have to be carried from one pass to the next, and isn't
+    "n": (1, "n"),
+    "presence_penalty": (0, "presence_penalty"),
+    "frequency_penalty": (0, "frequency_penalty"),
+    "repetition_penalty": (1, "repetition_penalty"),
+    "min_tokens": (0, "min_tokens"),
+    "prompt_logprobs": (None, "echo with logprobs"),
+    "structured_outputs": (None, "structured outputs"),
+}
+
+
+async def retrieve_once(
+    generate: Generate, finder: PassageFinder, context: int, prompt: dict[str, Any], params: SamplingParams, request_id: str, **rest: Any
+) -> AsyncGenerator[RequestOutput, None]:
+    """Outputs of the prompt with a passage before it; what they say of the prompt is the client's own."""
+    ids = token_ids(prompt)
+    # A search takes a millisecond or two, in which the event loop would stand still.
+    augmented = await asyncio.to_thread(finder.augment, ids, context - len(ids) - (params.max_tokens or 0))
+    added.get().tokens += augmented.passage
+    async with aclosing(generate(_with_ids(prompt, augmented.ids), params, request_id, **rest)) as outputs:
+        async for output in outputs:
+            output.prompt, output.prompt_token_ids = prompt.get("prompt"), list(ids)
+            if output.prompt_logprobs is not None:
+                output.prompt_logprobs = [None, *augmented.without(output.prompt_logprobs)[1:]]  # OpenAI's first is null
+            yield output
+
+
+async def retrieve_every(
+    stride: int, generate: Generate, finder: PassageFinder, context: int, prompt: dict[str, Any], params: SamplingParams,
+    request_id: str, tokenizer: Any, **rest: Any
+) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    """As above, with a new passage, and so a new pass over passage and context, every `stride` tokens."""
+    require_stridable(params)
+    ids = token_ids(prompt)
+    wanted = params.max_tokens or context - len(ids)
+    request: Any = SimpleNamespace(sampling_params=params, prompt_token_ids=ids, request_id=request_id)
+    text = IncrementalDetokenizer.from_new_request(tokenizer if params.detokenize else None, request)
+    streamed = params.output_kind == RequestOutputKind.DELTA
+    made: list[int] = []
+    logprobs: list[Any] = []
+    sent, arrival = 0, prompt.get("arrival_time", time.time())
+    while True:
+        piece = _piece(params, min(stride, wanted - len(made)), len(made))
+        augmented = await asyncio.to_thread(finder.augment, [*ids, *made], context - len(ids) - wanted)
+        added.get().tokens += augmented.passage
+        part = {**_with_ids(prompt, augmented.ids), "arrival_time": arrival}
+        async with aclosing(generate(part, piece, f"{request_id}-{len(made)}", **rest)) as outputs:
+            async for output in outputs:
+                arrival, new = time.time(), output.outputs[0]
+                made += new.token_ids
+                logprobs += new.logprobs or []
+                stop = text.update(list(new.token_ids), new.finish_reason == "stop")
+                reason = "stop" if stop is not None or new.finish_reason == "stop" else new.finish_reason
+                done = (output.finished and (reason != "length" or len(made) >= wanted)) or stop is not None
+                if streamed or done:
+                    chunk = CompletionOutput(
+                        0, text.get_next_output_text(done, streamed), made[sent:], None,
+                        (logprobs[sent:] if params.logprobs is not None else None), finish_reason=reason if done else None,
+                        stop_reason=(stop if stop is not None else new.stop_reason) if done else None,
+                    )  # fmt: skip
+                    sent = len(made) if streamed else 0
+                    yield RequestOutput(request_id, prompt.get("prompt"), list(ids), None, [chunk], done)
+                if done:
+                    return
+
+
+def require_stridable(params: SamplingParams) -> None:
+    """Raise VLLMValidationError naming what doesn't work when an answer is made in several passes."""
+    for field, (neutral, name) in NOT_STRIDED.items():
+        if getattr(params, field, neutral) not in (neutral, None):
+            raise VLLMValidationError(f"{name} doesn't work with rag_stride: drop one of them", parameter="rag_stride")
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """The prompt's token ids. Raises VLLMValidationError for prompts that have none."""
+    if not isinstance(prompt, dict) or prompt.get("type") != "token":
+        raise VLLMValidationError("memory 'rag' needs a prompt of text or token ids", parameter="memory")
+    ids: list[int] = prompt["prompt_token_ids"]
+    return ids
+
+
+def _with_ids(prompt: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    return {**{k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_offsets")}, "prompt_token_ids": ids}
+
+
+def _piece(params: SamplingParams, tokens: int, done: int) -> SamplingParams:
+    """Parameters of one pass: token by token, without text, its seed moved on so that passes differ."""
+    piece = params.clone()
+    piece.max_tokens, piece.output_kind = tokens, RequestOutputKind.DELTA
+    piece.detokenize, piece.stop = False, []
+    piece.seed = None if params.seed is None else params.seed + done
+    piece.extra_args = {**copy.copy(params.extra_args or {}), SEGMENT: 2 if done else 1}
+    return piece

@@ -1,0 +1,67 @@
+"""Shadowing: a share of the real decoder requests is replayed with the baselines, so that the ratio on the same prompts is always there."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from server import metrics
+from server.engine.choice import KNN, MemoryChoice
+
+PRIORITY = 1  # behind every client's 0: scheduled last, preempted first
+QUEUED = 32
+Baselines = Mapping[str, tuple[tuple[str, float], ...]]  # domain -> (mode, lambda) of each
+
+
+class Shadows:
+    """One replay at a time, whatever the load; what doesn't fit the queue is dropped and counted."""
+
+    def __init__(self, engine: Any, rate: float, baselines: Baselines) -> None:
+        self.engine, self.rate, self.baselines = engine, rate, baselines
+        self.queue: asyncio.Queue[tuple[dict[str, Any], SamplingParams, MemoryChoice]] = asyncio.Queue(QUEUED)
+        self.random = random.Random()  # noqa: S311
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    def offer(self, prompt: Any, params: SamplingParams, domain: str) -> None:
+        """Sample one decoder request of a client's."""
+        if self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
+            return
+        replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"])}
+        for mode, lam in self.baselines[domain]:
+            try:
+                self.queue.put_nowait((replay, params, MemoryChoice(mode, domain, lam)))
+            except asyncio.QueueFull:
+                metrics.SHADOWS.labels(mode, domain, "dropped").inc()
+
+    async def _run(self) -> None:
+        for number in range(1 << 62):
+            prompt, params, choice = await self.queue.get()
+            outcome = "done"
+            try:
+                async for _ in self.engine.generate(dict(prompt), _replayed(params, choice), f"shadow-{number}", priority=PRIORITY):
+                    pass
+            except Exception:  # a baseline's failure is a figure, not a client's business
+                outcome = "failed"
+            with contextlib.suppress(KeyError):
+                metrics.SHADOWS.labels(choice.mode, choice.domain, outcome).inc()
+
+
+def _replayed(params: SamplingParams, choice: MemoryChoice) -> SamplingParams:
+    """The client's parameters for one plain answer in the baseline's mode."""
+    found = params.clone()
+    found.n, found.output_kind, found.detokenize = 1, RequestOutputKind.FINAL_ONLY, False
+    found.logprobs = found.prompt_logprobs = None
+    found.stop, found.extra_args = [], {**(params.extra_args or {}), **choice.to_extra_args()}
+    return found
+
+
+def baselines_of(retrieval: Mapping[str, float], domains: list[str]) -> Baselines:
+    """What each domain is compared with: the base alone, and kNN-LM and RAG where it has a datastore (name -> lambda)."""
+    found = {}
+    for name in domains:
+        more = ((KNN, retrieval[name]), ("rag", 0.0)) if name in retrieval else ()
+        found[name] = (("none", 0.0), *more)
+    return found

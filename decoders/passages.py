@@ -1,11 +1,14 @@
-"""BM25 over passages of a corpus's training tokens: what retrieval in front of the prompt (RAG) fetches from."""
+"""BM25 over passages of a corpus's training tokens: what retrieval in front of the prompt (RAG) fetches from.
+
+bm25s is imported late: it brings numba, and vLLM, when it starts, trips over an attribute of llvmlite's.
+"""
 
 import errno
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import bm25s
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -30,13 +33,15 @@ class RagOptions:
 class Passages:
     """A BM25 index over passages [passages, length]."""
 
-    def __init__(self, ids: Ids, index: bm25s.BM25, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, ids: Ids, index: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids, self.index, self.tokenizer = ids, index, tokenizer
         self.fallback = next(word for word in index.vocab_dict if word)  # for queries without a word, digits and signs alone
 
     @classmethod
     def build(cls, ids: Ids, tokenizer: PreTrainedTokenizerBase, length: int) -> "Passages":
         """Cut `ids` [tokens] into passages of `length` and index their words."""
+        import bm25s
+
         cut = np.asarray(ids[: len(ids) // length * length]).reshape(-1, length)
         index = bm25s.BM25()
         index.index(bm25s.tokenize(tokenizer.batch_decode(cut), stopwords=None, show_progress=False), show_progress=False)
@@ -45,6 +50,8 @@ class Passages:
     @classmethod
     def open(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> "Passages":
         """Memory-map what `save` wrote."""
+        import bm25s
+
         return cls(np.load(folder / TOKENS, mmap_mode="r"), bm25s.BM25.load(str(folder / INDEX), mmap=True), tokenizer)
 
     def save(self, folder: Path) -> None:
@@ -62,6 +69,8 @@ class Passages:
 
     def best(self, queries: Sequence[Ids]) -> Ids:
         """The best passage for each query, [queries, length]."""
+        import bm25s
+
         words = bm25s.tokenize(self.tokenizer.batch_decode(list(queries)), stopwords=None, show_progress=False, return_ids=False)
         found, _ = self.index.retrieve([w or [self.fallback] for w in words], k=1, show_progress=False)
         chosen: Ids = self.ids[found[:, 0]]

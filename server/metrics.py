@@ -15,7 +15,6 @@ BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.
 LABELS = ("mode", "domain")
 NONE = "none"
 NO_LABEL = (NONE, NONE)  # mode and domain of requests that named no domain
-MODES = ("decoder", "knn", "rag", NONE)
 
 TIME_TO_FIRST_TOKEN = Histogram("memdec_time_to_first_token_seconds", "Arrival to first token.", LABELS, buckets=BUCKETS)
 INTER_TOKEN_LATENCY = Histogram(
@@ -55,8 +54,8 @@ REGISTRY.register(STEP_SECONDS)
 class Timings:
     """Per-token observations by mode and domain; label lookups are done once, not per token."""
 
-    def __init__(self, domains: Iterable[str]) -> None:
-        labels = [NO_LABEL, *((mode, name) for name in domains for mode in MODES)]
+    def __init__(self, pairs: Iterable[Label]) -> None:
+        labels = [NO_LABEL, *pairs]
         self.first = {label: TIME_TO_FIRST_TOKEN.labels(*label) for label in labels}
         self.next = {label: INTER_TOKEN_LATENCY.labels(*label) for label in labels}
         self.mean = {label: TIME_PER_OUTPUT_TOKEN.labels(*label) for label in labels}

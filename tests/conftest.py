@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 from toys import make_toys
+
+from decoders.corpus import Corpus
+from decoders.retrieval import RetrievalBuild, RetrievalOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,11 +79,24 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server on the toys with domains a and b; also used for its metrics, so requests of all tests add up."""
+def retrieval(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Retrieval folder of domain a, for the toy base: a few thousand tokens of the standard library."""
+    root = tmp_path_factory.mktemp("retrieval")
+    (root / "text").mkdir()
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[40:80]
+    for split, names in (("train", files[:20]), ("valid", files[20:30]), ("test", files[30:])):
+        text = "\n\n".join(f.read_text(errors="ignore")[:3000] for f in names)
+        (root / "text" / f"{split}.txt").write_text(text)
+    options = RetrievalOptions(entries=8000, passage=32, query=16, valid_windows=4)
+    return RetrievalBuild("a", Corpus.open(str(root / "text")), toys / "base", root / "a", root / "work", options).run()
+
+
+@pytest.fixture(scope="session")
+def server(toys: Path, retrieval: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on the toys with domains a and b, a with a datastore; also used for its metrics, so requests of all tests add up."""
     running = start_server(
         tmp_path_factory.mktemp("server") / "log.txt", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--decoder", f"b={toys / 'qwen_b'}",
-        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20), "--max-body-bytes", "100000",
+        "--datastore", f"a={retrieval}", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20), "--max-body-bytes", "100000",
         "--enable-prompt-tokens-details",
     )  # fmt: skip
     yield running

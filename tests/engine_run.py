@@ -1,6 +1,6 @@
 """Run one batch through an offline vLLM engine in a process of its own: `python engine_run.py JOB.json RESULT.json`.
 
-A job is {"engine": LLM arguments, "requests": [{"prompt", "domain", "lambda", "sampling"}], "rounds": n}; the result holds, per
+A job is {"engine": LLM arguments, "requests": [{"prompt", "domain", "lambda", "mode", "sampling"}], "rounds": n}; the result holds, per
 round and request, prompt and output token ids, their log-probabilities, cached tokens, and the engine's preemption count.
 """
 
@@ -28,7 +28,7 @@ def main(job_path: str, result_path: str) -> None:
     prompts: list[Any] = []
     params = []
     for request in job["requests"]:
-        choice = MemoryChoice(request["domain"], request["lambda"]) if request.get("domain") else None
+        choice = MemoryChoice(request["mode"], request["domain"], request["lambda"]) if request.get("domain") else None
         sampling = SamplingParams(**request["sampling"], extra_args=choice.to_extra_args() if choice else None)
         prompt = {"prompt": request["prompt"]}
         if (salt := cache_salt(MemoryChoice.of(sampling), revisions, None)) is not None:

@@ -8,7 +8,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from server.engine import rag
-from server.engine.choice import DECODER, RAG, SEGMENT, MemoryChoice
+from server.engine.choice import DECODER, KNN, NONE, RAG, SEGMENT, MemoryChoice
 from server.engine.shadows import Shadows
 from server.errors import ShuttingDown
 from server.metrics import NO_LABEL, Timings
@@ -67,7 +67,8 @@ class MemoryEngine(AsyncLLM):
         """The passages of each domain that has some."""
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
-        self.output_processor.timings = Timings(self.revisions)
+        retrieved = [(mode, d["name"]) for d in composite.get("datastores", []) for mode in (KNN, RAG)]
+        self.output_processor.timings = Timings([(mode, name) for name in self.revisions for mode in (DECODER, NONE)] + retrieved)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
         """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt."""

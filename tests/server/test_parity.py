@@ -1,16 +1,13 @@
 """vLLM's log-probabilities against a plain Hugging Face computation of the mixture, on the mixes that hurt."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from offline import run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 FLOAT32 = 1e-4  # largest difference of a log-probability allowed, in nats
@@ -24,41 +21,6 @@ MIX = [  # prompt, domain, lambda: all domains and none, every kind of lambda, p
     (CODE[9:] * 6, "a", 0.6),
     ("import os", "b", 0.3),
 ]
-
-
-def overrides(toys: Path, kind: str) -> dict[str, Any]:
-    """vLLM's hf_overrides for a base with two toy decoders."""
-    decoders = [{"name": n, "path": str(toys / f"{kind}_{n}"), "lambda": 0.6, "revision": f"{kind}{n}"} for n in "ab"]
-    return {
-        "architectures": ["MemoryDecoderForCausalLM"],
-        "memory_decoder": {"base_architecture": "Qwen2ForCausalLM", "decoders": decoders},
-    }
-
-
-def run(
-    folder: Path, toys: Path, kind: str | None, mix: list[tuple[str, str | None, float]], rounds: int = 1, **changes: Any
-) -> dict[str, Any]:
-    """Run a batch through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None."""
-    sampling = {"temperature": 0, "max_tokens": 24, "logprobs": 1, "ignore_eos": True, **changes.pop("sampling", {})}
-    engine = {
-        "model": str(toys / "base"), "dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20,
-        "max_num_batched_tokens": 64, "enable_chunked_prefill": True, **changes,
-    }  # fmt: skip
-    if kind is not None:
-        engine |= {"hf_overrides": overrides(toys, kind), "worker_cls": "server.engine.worker.CPUMemoryWorker"}
-    requests = [{"prompt": p, "domain": d if kind else None, "lambda": lam, "sampling": sampling} for p, d, lam in mix]
-    job, result = folder / "job.json", folder / "result.json"
-    job.write_text(json.dumps({"engine": engine, "requests": requests, "rounds": rounds}))
-    script = Path(__file__).parent.parent / "engine_run.py"
-    environment = dict(os.environ)
-    if not engine["enforce_eager"]:
-        environment.pop("TORCH_COMPILE_DISABLE", None)
-    done = subprocess.run(
-        [sys.executable, str(script), str(job), str(result)], capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    loaded: dict[str, Any] = json.loads(result.read_text())
-    return loaded
 
 
 @lru_cache

@@ -32,7 +32,7 @@ def choose(model: str | None = "base", headers: dict[str, list[str]] | None = No
 def test_ways_to_choose(request_: dict[str, Any]) -> None:
     """Header, body and alias mean the same, alone and together; null means not given."""
     selection = choose(**request_)
-    assert selection == Selection(A, "decoder", 0.6) and selection.active
+    assert selection == Selection(A, "decoder", 0.6)
     assert selection.headers() == {"X-Memory-Mode": "decoder", "X-Memory-Domain": "a", "X-Memory-Lambda": "0.6"}
 
 
@@ -40,7 +40,7 @@ def test_ways_to_choose(request_: dict[str, Any]) -> None:
 def test_no_domain(request_: dict[str, Any]) -> None:
     """Without a domain the base answers, and no header names one."""
     selection = choose(**request_)
-    assert selection == Selection(None, "none", 0.0) and not selection.active
+    assert selection == Selection(None, "none", 0.0)
     assert selection.headers() == {"X-Memory-Mode": "none"}
 
 
@@ -123,7 +123,7 @@ def test_unknown_domain_lists_names() -> None:
 def test_mode_none_keeps_the_domain_out() -> None:
     """A domain with memory none is reported, with lambda 0, and isn't used."""
     selection = choose(domain="a", memory="none", lam=0.5)
-    assert not selection.active
+    assert not selection.mixed
     assert selection.headers() == {"X-Memory-Mode": "none", "X-Memory-Domain": "a", "X-Memory-Lambda": "0"}
 
 

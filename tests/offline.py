@@ -1,0 +1,49 @@
+"""One batch through an offline vLLM engine in a process of its own; see engine_run.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, str | None, float] | tuple[str, str | None, float, str]
+
+
+def overrides(toys: Path, kind: str, datastores: dict[str, Path]) -> dict[str, Any]:
+    """vLLM's hf_overrides for a base with two toy decoders, and datastores by domain."""
+    decoders = [{"name": n, "path": str(toys / f"{kind}_{n}"), "lambda": 0.6, "revision": f"{kind}{n}"} for n in "ab"]
+    stores = [{"name": name, "path": str(path)} for name, path in datastores.items()]
+    return {
+        "architectures": ["MemoryDecoderForCausalLM"],
+        "memory_decoder": {"base_architecture": "Qwen2ForCausalLM", "decoders": decoders, "datastores": stores},
+    }
+
+
+def run(
+    folder: Path, toys: Path, kind: str | None, mix: list[Row], rounds: int = 1, datastores: dict[str, Path] | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Run a batch of (prompt, domain, lambda[, mode]) through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None."""
+    sampling = {"temperature": 0, "max_tokens": 24, "logprobs": 1, "ignore_eos": True, **changes.pop("sampling", {})}
+    engine = {
+        "model": str(toys / "base"), "dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20,
+        "max_num_batched_tokens": 64, "enable_chunked_prefill": True, **changes,
+    }  # fmt: skip
+    if kind is not None:
+        engine |= {"hf_overrides": overrides(toys, kind, datastores or {}), "worker_cls": "server.engine.worker.CPUMemoryWorker"}
+    requests = [
+        {"prompt": p, "domain": d if kind else None, "lambda": lam, "mode": (*mode, "decoder")[0], "sampling": sampling}
+        for p, d, lam, *mode in mix
+    ]
+    job, result = folder / "job.json", folder / "result.json"
+    job.write_text(json.dumps({"engine": engine, "requests": requests, "rounds": rounds}))
+    script = Path(__file__).parent / "engine_run.py"
+    environment = dict(os.environ)
+    if not engine["enforce_eager"]:
+        environment.pop("TORCH_COMPILE_DISABLE", None)
+    done = subprocess.run(
+        [sys.executable, str(script), str(job), str(result)], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    loaded: dict[str, Any] = json.loads(result.read_text())
+    return loaded

@@ -3,17 +3,32 @@ PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
 VENV ?= .venv
+LOADTEST ?=
+GROWTH ?=
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ZOO := decoders/zoo
 DOMAINS := $(notdir $(patsubst %/memory_decoder.json,%,$(wildcard $(ZOO)/*/memory_decoder.json)))
 BIN := $(VENV)/bin
+CACHE ?= .cache
+EMBEDDED = $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) --datastore python=$(CACHE)/retrieval/python \
+  --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456
+QUIET := env VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
 
-.PHONY: serve test check format install install-dev clean
+.PHONY: serve loadtest growth test check format install install-dev clean
 
-serve: install  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
-	exec env VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore $(BIN)/memdec serve $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) \
-	  --host $(HOST) --port $(PORT) --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456
+serve: install $(CACHE)/retrieval/python/retrieval.json  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
+	exec $(QUIET) $(BIN)/memdec serve $(EMBEDDED) --host $(HOST) --port $(PORT)
+
+# kNN-LM and RAG over this Python's standard library, to compare the python memory with: about a minute, once
+$(CACHE)/retrieval/python/retrieval.json: $(ZOO)/base/model.safetensors | install
+	$(QUIET) $(BIN)/memdec retrieval python --corpus stdlib --base $(ZOO)/base --out $(CACHE)/retrieval/python --entries 150000 --valid-windows 16
+
+loadtest: install-dev $(CACHE)/retrieval/python/retrieval.json  ## load a server with locust; results go to loadtest/results
+	$(QUIET) $(BIN)/python loadtest/run.py $(LOADTEST) -- $(EMBEDDED)
+
+growth: install-dev $(CACHE)/retrieval/python/retrieval.json  ## milliseconds per token as the datastore grows to 10 M entries: 16 GB of memory, 10 GB of disk
+	$(QUIET) $(BIN)/python loadtest/growth.py $(GROWTH)
 
 test: install-dev check  ## every check and test
 	$(BIN)/python -m pytest
@@ -44,4 +59,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CACHE) *.egg-info .mypy_cache .pytest_cache .ruff_cache

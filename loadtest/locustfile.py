@@ -1,60 +1,153 @@
-"""Locust users of a running server: `locust -f loadtest/locustfile.py --host http://127.0.0.1:8000 --headless -u 4 -t 30s`.
+"""Locust users of a running memdec server, and what they see: time to first token and inter-token latency by mode and domain.
 
-Each user streams completions in a domain drawn from what the server offers, or in none, and reports time to first token and
-inter-token latency as requests of their own, by domain.
+    locust -f loadtest/locustfile.py --host http://127.0.0.1:8000 --headless -u 4 -t 30s
+
+Each user asks for completions, plain or streamed, and chats, in the domains and modes that the server offers, drawn from a seeded mix. Requests
+come as a Poisson process per user (`--arrivals`), or one after the other. Nothing is retried: what fails counts as a failure.
 """
 
+import itertools
 import json
 import random
 import time
+from pathlib import Path
+from typing import Any
 
-from locust import FastHttpUser, between, events, task
+from locust import FastHttpUser, events, task
 
-PROMPTS = (
-    "The results of this study show that",
-    "The Committee decided to",
-    "This Agreement shall be governed by",
-    "def __init__(self, ",
-    "In the early twentieth century,",
-)
+PROMPTS = {
+    "biomed": (
+        "The results of this study show that",
+        "Patients with type 2 diabetes",
+        "2.1. Materials and methods",
+        "The expression of the gene",
+    ),
+    "finance": ("The Committee decided to", "Inflation expectations have", "Thank you, Mr. Chairman.", "The federal funds rate"),
+    "law": (
+        "This Agreement shall be governed by",
+        "The Licensee shall not",
+        "IN WITNESS WHEREOF, the parties",
+        "Confidential Information means",
+    ),
+    "python": ("def __init__(self, ", "import os\nimport sys\n", "class Reader:\n", "    for line in lines:\n"),
+    "none": ("In the early twentieth century,", "The album was released in", "The river flows through", "He was born in"),
+}
+CHATS = ("What is the result?", "Tell me about the method.", "Explain this.")
+numbers = itertools.count()
+samples: dict[str, list[float]] = {}
+"""Raw milliseconds by `<mode> <domain> <what>`: locust's own histograms are whole milliseconds."""
 
 
-class CompletionUser(FastHttpUser):
-    """One client that streams, one request at a time."""
+@events.init_command_line_parser.add_listener
+def options(parser: Any) -> None:
+    """What can be set from the command line."""
+    group = parser.add_argument_group("memdec")
+    group.add_argument("--seed", dest="mix_seed", type=int, default=0, help="seed of the prompt mix")
+    group.add_argument("--arrivals", type=float, default=0.0, help="requests a second and user, a Poisson process; 0: one after the other")
+    group.add_argument("--answer-tokens", type=int, default=32, help="tokens of an answer")
+    group.add_argument("--modes", default="none,decoder,knn,rag", help="modes in the mix, where a domain has them")
+    group.add_argument("--samples", default="", help="file for the raw latencies, JSON")
 
-    wait_time = between(0.0, 0.2)
+
+@events.test_stop.add_listener
+def write_samples(environment: Any, **_: Any) -> None:
+    """Leave the raw latencies for whoever asked for them."""
+    if environment.parsed_options.samples:
+        Path(environment.parsed_options.samples).write_text(json.dumps(samples))
+
+
+class MemdecUser(FastHttpUser):
+    """One client, one request at a time."""
 
     def on_start(self) -> None:
-        """Ask what there is to choose from."""
-        domains = self.client.get("/v1/domains").json()["data"]
-        self.choices = [None, *(d["name"] for d in domains)]
+        """Ask what there is to choose from; each user has its own seeded sequence."""
+        chosen = self.environment.parsed_options
+        self.random = random.Random(f"{chosen.mix_seed} {next(numbers)}")
+        wanted = chosen.modes.split(",")
+        offered = [(mode, d["name"]) for d in self.client.get("/v1/domains", name="/v1/domains").json()["data"] for mode in d["modes"]]
+        self.choices = [pair for pair in offered if pair[0] in wanted and pair[0] != "none"] + [("none", "none")] * ("none" in wanted)
+        self.due = time.perf_counter()
 
-    @task
+    def wait_time(self) -> float:
+        """Time until the next arrival; a user that is late goes on at once."""
+        rate = self.environment.parsed_options.arrivals
+        if not rate:
+            return 0.0
+        self.due += self.random.expovariate(rate)
+        return max(0.0, self.due - time.perf_counter())
+
+    def body(self) -> tuple[str, dict[str, Any]]:
+        """Mode and domain, and a request's fields."""
+        mode, domain = self.random.choice(self.choices)
+        fields: dict[str, Any] = {"max_tokens": self.environment.parsed_options.answer_tokens, "ignore_eos": True, "temperature": 0.8}
+        fields["seed"] = self.random.randrange(1 << 30)
+        if domain != "none":
+            fields |= {"domain": domain, "memory": mode}
+        return f"{mode} {domain}", fields
+
+    def prompt(self, label: str) -> str:
+        """A beginning that suits the domain."""
+        return self.random.choice(PROMPTS.get(label.split()[1], PROMPTS["none"]))
+
+    @task(3)
     def stream(self) -> None:
         """One streamed completion."""
-        domain = random.choice(self.choices)
-        body = {"prompt": random.choice(PROMPTS), "max_tokens": 32, "stream": True, "ignore_eos": True}
-        if domain is not None:
-            body["domain"] = domain
-        started = time.perf_counter()
-        with self.client.post("/v1/completions", json=body, stream=True, name=f"completion {domain}", catch_response=True) as response:
-            if response.status_code != 200:
-                response.failure(f"HTTP {response.status_code}")
-                return
-            self._read(response, domain, started)
+        label, fields = self.body()
+        self.read("/v1/completions", label, {**fields, "prompt": self.prompt(label), "stream": True})
 
-    def _read(self, response: object, domain: str | None, started: float) -> None:
-        last, first = started, True
-        for line in response.iter_lines():
-            text = line.decode() if isinstance(line, bytes) else line
-            if not text.startswith("data: ") or text == "data: [DONE]":
-                continue
-            if "error" in json.loads(text[6:]):
-                response.failure(text)
+    @task(1)
+    def plain(self) -> None:
+        """One completion in one piece."""
+        label, fields = self.body()
+        with self.client.post(
+            "/v1/completions", json={**fields, "prompt": self.prompt(label)}, name=f"{label} plain", catch_response=True
+        ) as response:
+            if response.status_code != 200:
+                response.failure(f"HTTP {response.status_code}: {response.text[:200]}")
+
+    @task(1)
+    def chat(self) -> None:
+        """One streamed answer in a chat."""
+        label, fields = self.body()
+        messages = [{"role": "user", "content": self.random.choice(CHATS)}]
+        self.read("/v1/chat/completions", label, {**fields, "messages": messages, "stream": True})
+
+    def read(self, path: str, label: str, body: dict[str, Any]) -> None:
+        """Read a stream, and take the time of every event that brings tokens."""
+        started = last = time.perf_counter()
+        first = True
+        kind = "chat" if "chat" in path else "streamed"
+        with self.client.post(path, json=body, stream=True, name=f"{label} {kind}", catch_response=True) as response:
+            if response.status_code != 200:
+                response.failure(f"HTTP {response.status_code}: {response.text[:200]}")
                 return
-            now = time.perf_counter()
-            name = "time to first token" if first else "inter-token latency"
-            events.request.fire(
-                request_type=str(domain), name=name, response_time=(now - last) * 1000, response_length=0, exception=None, context={}
+            for line in response.iter_lines():
+                text = line.decode() if isinstance(line, bytes) else line
+                if not text.startswith("data: {"):
+                    continue
+                event = json.loads(text[6:])
+                if "error" in event:
+                    response.failure(text[:200])
+                    return
+                choice = event["choices"][0]
+                if choice.get("delta", {}).get("role"):  # a chat's opening event, before any token
+                    continue
+                now = time.perf_counter()
+                self.took(label, "time to first token" if first else "inter-token latency", now - (started if first else last))
+                last, first = now, False
+        if first:
+            self.environment.events.request.fire(
+                request_type=label,
+                name="stream",
+                response_time=0,
+                response_length=0,
+                exception=ValueError("a stream without a token"),
+                context={},
             )
-            last, first = now, False
+
+    def took(self, label: str, what: str, seconds: float) -> None:
+        """Record one latency, as a locust statistic and raw."""
+        self.environment.events.request.fire(
+            request_type=label, name=what, response_time=1000 * seconds, response_length=0, exception=None, context={}
+        )
+        samples.setdefault(f"{label} {what}", []).append(round(1000 * seconds, 3))

@@ -40,6 +40,15 @@ class Tuned:
         """For a file."""
         return asdict(self)
 
+    def logprobs(self, distances: Floats, hits: NDArray[np.bool_], base: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Log-probabilities of the right tokens under this kNN-LM, [n]; arguments as for `tune`."""
+        return _mixed(label_probability(distances, hits, self.neighbours, self.tau), base, self.lam)
+
+
+def _mixed(knn: NDArray[np.float64], base: NDArray[np.float64], lam: float) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = np.log(np.maximum(lam * knn + (1 - lam) * base, 1e-30))
+    return result
+
 
 def weights(distances: Floats, tau: float) -> Floats:
     """The neighbours' softmax weights, [n, k]. Neighbours that weren't found come as distances of 3.4e38 and get none."""
@@ -63,7 +72,7 @@ def tune(distances: Floats, hits: NDArray[np.bool_], base: NDArray[np.float64], 
     for neighbours in sorted({min(k, distances.shape[1]) for k in choices}):
         for tau in TAUS:
             p_knn = label_probability(distances, hits, neighbours, tau)
-            nats = {lam: float(-np.log(np.maximum(lam * p_knn + (1 - lam) * base, 1e-30)).mean()) for lam in LAMBDAS}
+            nats = {lam: float(-_mixed(p_knn, base, lam).mean()) for lam in LAMBDAS}
             lam = min(nats, key=nats.__getitem__)
             tried.append({"neighbours": neighbours, "tau": tau, "lambda": lam, "perplexity": round(float(np.exp(nats[lam])), 3)})
     best = min(tried, key=lambda row: row["perplexity"])

@@ -31,18 +31,6 @@ def fingerprint(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def hash_files(folder: Path, pattern: str) -> str:
-    """Hash of the names and bytes of the files in `folder` that match. Raises ManifestError when none does."""
-    digest, files = hashlib.sha256(), sorted(folder.glob(pattern))
-    if not files:
-        raise ManifestError(f"{folder}: no {pattern} file in it")
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 @contextlib.contextmanager
 def stage(out: Path, manifest: Manifest) -> Iterator[Path | None]:
     """Make the artifact folder `out` whole or not at all.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from decoders.datastore import Datastore
 from decoders.evaluate import Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
-from decoders.knn_lm import label_probability, tune
+from decoders.knn_lm import tune
 from decoders.manifest import Manifest, stage
 from decoders.models import load_model
 from decoders.package import fingerprint_model, safetensors_header
@@ -157,8 +157,7 @@ def _score_knn(
     base = {name: np.exp(rows[name]["base"]) for name in splits}
     best = tune(found["valid"][0], found["valid"][2], base["valid"], NEIGHBOURS)
     for name, (distances, _, hits) in found.items():
-        p = label_probability(distances, hits, best.neighbours, best.tau)
-        rows[name][method] = np.log(best.lam * p + (1 - best.lam) * base[name])
+        rows[name][method] = best.logprobs(distances, hits, base[name])
     figures["tuned"][method] = {k: v for k, v in best.to_dict().items() if k != "tried"}
     per_entry = 2 * store.keys.shape[1] + store.values.dtype.itemsize + store.keys.shape[1] / 16 + 8
     extra = 0 if keyed == models.base else weight_bytes(keyed)
@@ -179,8 +178,7 @@ def _smaller_stores(found: dict[str, Any], base: dict[str, Floats], entries: int
         near = {name: np.take_along_axis(parts[name], order[name], 1) for name in order}
         hits = {name: np.take_along_axis(found[name][2], order[name], 1) for name in order}
         best = tune(near["valid"], hits["valid"], base["valid"], NEIGHBOURS)
-        p = label_probability(near["test"], hits["test"], best.neighbours, best.tau)
-        result = perplexity(np.log(best.lam * p + (1 - best.lam) * base["test"]))
+        result = perplexity(best.logprobs(near["test"], hits["test"], base["test"]))
         yield {"entries": int(kept.sum()), "bytes": int(kept.sum() * per_entry), "perplexity": round(result, 3)}
 
 

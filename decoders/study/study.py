@@ -1,7 +1,9 @@
 """Carry a study out: train what is missing, score everything, write the table. Every part is kept while its inputs stay the same."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from decoders.study.plan import Domain, Plan
 from decoders.study.report import write_report
 from decoders.study.scores import Heldout, Models, write_scores
 from decoders.study.served import served_logprobs
+from decoders.study.steps import Step, mixed, plain, rag, retrieved
 from decoders.teacher import write_tuned
 from decoders.tokenizer import load_tokenizer, token_map_hash
 from decoders.tokens import load_tokens, write_tokens
@@ -114,16 +117,18 @@ class Study:
     def _milliseconds(self, build: Build, models: Models, tuned: dict[str, Any]) -> dict[str, float]:
         base, memory, teacher = load_model(models.base), load_model(models.decoder), load_model(models.teacher)
         train, test = load_tokens(build.work / "tokens", "train"), load_tokens(build.work / "tokens", "test")
-        methods = {"base": latency.plain(base), "decoder": latency.mixture(base, memory, tuned["decoder"]["lambda"])}
-        methods["control"] = methods["decoder"]
+        methods: dict[str, Callable[[], Step]] = {
+            "base": partial(plain, base),
+            "decoder": partial(mixed, base, memory, tuned["decoder"]["lambda"]),
+        }
         if models.rag:
             how = RagOptions(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
-            methods["rag"] = latency.rag(base, Passages.build(train, load_tokenizer(models.base), how.passage), how)
+            methods["rag"] = partial(rag, base, Passages.build(train, load_tokenizer(models.base), how.passage), how)
         stores = {"knn_teacher": (models.store, teacher), "knn": (models.own_store, None)}
         for name, (folder, encoder) in stores.items():
             if folder is not None:
                 best = tuned[name]
-                methods[name] = latency.knn(base, Datastore.open(folder), best["neighbours"], best["tau"], best["lam"], encoder)
+                methods[name] = partial(retrieved, base, Datastore.open(folder), best["neighbours"], best["tau"], best["lam"], encoder)
         found = latency.milliseconds(methods, test, self.plan.budget.latency_tokens)
         return {**found, "control": found["decoder"], "dapt": found["base"], "lora": found["base"]}
 

@@ -121,8 +121,8 @@ class MemdecUser(FastHttpUser):
             if response.status_code != 200:
                 response.failure(f"HTTP {response.status_code}: {response.text[:200]}")
                 return
-            for line in response.iter_lines():
-                text = line.decode() if isinstance(line, bytes) else line
+            while line := response.stream.readline(b"\n"):  # as it arrives; iter_content would wait for whole blocks
+                text = line.decode()
                 if not text.startswith("data: {"):
                     continue
                 event = json.loads(text[6:])

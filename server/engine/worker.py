@@ -37,10 +37,13 @@ class RoutesSteps:
         return super()._model_forward(input_ids, *args, routing=routing, **kwargs)  # type: ignore[misc]
 
     def _row(self, request: Any, tokens: int) -> RowChoice:
-        choice = MemoryChoice.of(request.sampling_params)
-        if choice is None or not choice.mixed:
-            return RowChoice(NO_DOMAIN, 0.0, tokens)
-        return RowChoice(self.slots[choice.mode, choice.domain], choice.lam, tokens)
+        """A request's row of this step; what it chose is read once and kept with it."""
+        if not hasattr(request, "memory"):
+            choice = MemoryChoice.of(request.sampling_params)
+            active = choice is not None and choice.mixed
+            request.memory = (self.slots[choice.mode, choice.domain], choice.lam) if choice is not None and active else (NO_DOMAIN, 0.0)
+        slot, lam = request.memory
+        return RowChoice(slot, lam, tokens)
 
 
 class RoutedCPUModelRunner(RoutesSteps, CPUModelRunner):

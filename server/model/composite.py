@@ -90,7 +90,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         routing: StepRouting | None = None,
     ) -> Tensor:
-        """Packed rows [tokens, H_base + H_memory + TAIL] (see server.model.packing).
+        """Packed rows [tokens, H_base + H_memory + TAIL] (see server.model.packing); [tokens, H_base] where no request has a memory.
 
         `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0.
         """
@@ -99,6 +99,9 @@ class MemoryDecoderForCausalLM(nn.Module):
         if routing is None:
             slots = torch.ones(len(hidden), dtype=torch.int64)
             routing = StepRouting(slots.to(hidden.device), torch.zeros(len(hidden), device=hidden.device), group(slots, hidden.device))
+        if not routing.uses_memory:
+            alone: Tensor = hidden  # what vLLM does without us, at no more cost
+            return alone
         towers = routing.up_to(len(self.towers))
         if not towers.groups:
             memory = hidden.new_zeros(len(hidden), self.memory_width)
@@ -119,19 +122,29 @@ class MemoryDecoderForCausalLM(nn.Module):
         return routed
 
     def compute_logits(self, rows: Tensor) -> Tensor | None:
-        """Mixed logits [n, V] float32 from packed rows [n, ...]; the base's own, untouched, where no row has a memory."""
-        hidden, memory, slots, lams = unpack(rows, self.width, len(self.towers) + len(self.stores))
+        """Mixed logits [n, V] float32 from `forward`'s rows [n, ...]; the base's own, untouched, where no row has a memory."""
+        packed = rows.shape[1] > self.width
+        hidden = rows[:, : self.width].contiguous() if packed else rows
         with self.times.part("base", rows.device):
-            logits: Tensor | None = self.base.compute_logits(hidden.contiguous())
-        groups = group(torch.where(lams > 0, slots, 0).cpu(), rows.device)
-        if logits is None or not groups:  # None: not the rank that gathers
+            logits: Tensor | None = self.base.compute_logits(hidden)
+        if logits is None or not packed:  # None: not the rank that gathers
             return logits
+        _, memory, slots, lams = unpack(rows, self.width, len(self.towers) + len(self.stores))
+        groups = group(torch.where(lams > 0, slots, 0).cpu(), rows.device)
+        if not groups:
+            return logits
+        if len(groups) == 1 and len(groups[0][1]) == len(rows):  # nothing to pick out and put back
+            return self._mixed(groups[0][0], logits, hidden, memory, lams)
         mixed = logits.float()
         for slot, index in groups:
-            own = self._memory_logits(slot, hidden[index], memory[index], logits.shape[-1])
-            with self.times.part("mixing", rows.device):
-                mixed[index] = mix(logits[index], own, lams[index])
+            mixed[index] = self._mixed(slot, logits[index], hidden[index], memory[index], lams[index])
         return mixed
+
+    def _mixed(self, slot: int, logits: Tensor, hidden: Tensor, memory: Tensor, lams: Tensor) -> Tensor:
+        """A slot's rows [n, ...] mixed."""
+        own = self._memory_logits(slot, hidden, memory, logits.shape[-1])
+        with self.times.part("mixing", hidden.device):
+            return mix(logits, own, lams)
 
     def _memory_logits(self, slot: int, hidden: Tensor, memory: Tensor, vocabulary: int) -> Tensor:
         """What is mixed into a slot's rows [n, ...]: its decoder's logits, or its datastore's log-probabilities."""

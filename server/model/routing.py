@@ -32,10 +32,17 @@ class StepRouting:
     @classmethod
     def of(cls, rows: Sequence[RowChoice], tokens: int, device: torch.device) -> "StepRouting":
         """Spread the requests' choices over `tokens` tokens; tokens past the last request (padding) have no domain."""
+        if all(row.slot == NO_DOMAIN for row in rows):
+            return BASE_ALONE
         counts = torch.tensor([row.tokens for row in rows] + [tokens - sum(row.tokens for row in rows)])
         slots = torch.tensor([row.slot for row in rows] + [NO_DOMAIN]).repeat_interleave(counts)
         lams = torch.tensor([row.lam for row in rows] + [0.0], dtype=torch.float32).repeat_interleave(counts)
         return cls(slots.to(device), lams.to(device), group(slots, device))
+
+    @property
+    def uses_memory(self) -> bool:
+        """Whether any token of the step has a decoder or a datastore."""
+        return bool(self.groups)
 
     def up_to(self, most: int) -> "StepRouting":
         """The same without the groups of higher slots: datastores need no tower."""
@@ -51,6 +58,10 @@ class StepRouting:
         if len(self.groups) == 1 and 2 * len(self.groups[0][1]) >= len(self.slots):
             return self.groups[0][0]
         return None
+
+
+BASE_ALONE = StepRouting(torch.zeros(0, dtype=torch.int64), torch.zeros(0), ())
+"""A step in which nobody asks for a memory."""
 
 
 def group(slots: Tensor, device: torch.device) -> tuple[tuple[int, Tensor], ...]:

@@ -152,5 +152,6 @@ def _apply(selection: Selection, request: Any) -> None:
         return
     if selection.mode != "none" and request.use_beam_search:
         raise RequestError("Beam search can't be used with a domain. Drop use_beam_search, or the domain.", "use_beam_search")
-    choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride)
+    open_ended = request.max_tokens is None and getattr(request, "max_completion_tokens", None) is None
+    choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride, open_ended)
     request.vllm_xargs = {**(request.vllm_xargs or {}), **choice.to_extra_args()}

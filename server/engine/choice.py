@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-MODE, DOMAIN, LAMBDA, STRIDE = "memory", "domain", "lambda", "rag_stride"
+MODE, DOMAIN, LAMBDA, STRIDE, OPEN = "memory", "domain", "lambda", "rag_stride", "rag_open"
 DECODER, KNN, RAG, NONE = "decoder", "knn", "rag", "none"
 SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a later one; set by the engine
-RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, SEGMENT)
+RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT)
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class MemoryChoice:
     lam: float = 0.0
     stride: int = 0
     """With `rag`: retrieve anew every so many tokens; 0: once."""
+    open_ended: bool = False
+    """With `rag`: the client set no limit to the answer, which may therefore give way to the passage."""
 
     @classmethod
     def of(cls, params: Any) -> "MemoryChoice | None":
@@ -25,11 +27,11 @@ class MemoryChoice:
         extra = getattr(params, "extra_args", None)
         if not extra or extra.get(DOMAIN) is None:
             return None
-        return cls(extra[MODE], extra[DOMAIN], float(extra.get(LAMBDA) or 0.0), int(extra.get(STRIDE) or 0))
+        return cls(extra[MODE], extra[DOMAIN], float(extra.get(LAMBDA) or 0.0), int(extra.get(STRIDE) or 0), bool(extra.get(OPEN)))
 
     def to_extra_args(self) -> dict[str, str | float | int]:
         """The entries to put into SamplingParams.extra_args."""
-        return {MODE: self.mode, DOMAIN: self.domain, LAMBDA: self.lam, STRIDE: self.stride}
+        return {MODE: self.mode, DOMAIN: self.domain, LAMBDA: self.lam, STRIDE: self.stride, OPEN: int(self.open_ended)}
 
     @property
     def mixed(self) -> bool:

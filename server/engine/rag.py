@@ -13,7 +13,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from server.engine.choice import SEGMENT
+from server.engine.choice import SEGMENT, MemoryChoice
 from server.retrieval.rag import PassageFinder, added
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]  # AsyncLLM.generate
@@ -33,8 +33,9 @@ async def retrieve_once(
 ) -> AsyncGenerator[RequestOutput, None]:
     """Outputs of the prompt with a passage before it; what they say of the prompt is the client's own."""
     ids = token_ids(prompt)
+    room, params = make_room(finder, context, ids, params)
     # A search takes a millisecond or two, in which the event loop would stand still.
-    augmented = await asyncio.to_thread(finder.augment, ids, context - len(ids) - (params.max_tokens or 0))
+    augmented = await asyncio.to_thread(finder.augment, ids, room)
     added.get().tokens += augmented.passage
     async with aclosing(generate(_with_ids(prompt, augmented.ids), params, request_id, **rest)) as outputs:
         async for output in outputs:
@@ -51,7 +52,8 @@ async def retrieve_every(
     """As above, with a new passage, and so a new pass over passage and context, every `stride` tokens."""
     require_stridable(params)
     ids = token_ids(prompt)
-    wanted = params.max_tokens or context - len(ids)
+    room, params = make_room(finder, context, ids, params)
+    wanted = params.max_tokens or context - len(ids) - room
     request: Any = SimpleNamespace(sampling_params=params, prompt_token_ids=ids, request_id=request_id)
     text = IncrementalDetokenizer.from_new_request(tokenizer if params.detokenize else None, request)
     streamed = params.output_kind == RequestOutputKind.DELTA
@@ -60,7 +62,7 @@ async def retrieve_every(
     sent, arrival = 0, prompt.get("arrival_time", time.time())
     while True:
         piece = _piece(params, min(stride, wanted - len(made)), len(made))
-        augmented = await asyncio.to_thread(finder.augment, [*ids, *made], context - len(ids) - wanted)
+        augmented = await asyncio.to_thread(finder.augment, [*ids, *made], room)
         added.get().tokens += augmented.passage
         part = {**_with_ids(prompt, augmented.ids), "arrival_time": arrival}
         async with aclosing(generate(part, piece, f"{request_id}-{len(made)}", **rest)) as outputs:
@@ -81,6 +83,22 @@ async def retrieve_every(
                     yield RequestOutput(request_id, prompt.get("prompt"), list(ids), None, [chunk], done)
                 if done:
                     return
+
+
+def make_room(finder: PassageFinder, context: int, ids: list[int], params: SamplingParams) -> tuple[int, SamplingParams]:
+    """Tokens that a passage may have, and the parameters that leave them free.
+
+    The client's prompt and max_tokens come first. A chat without max_tokens would take all of the context: it leaves room for
+    a passage, or half of what there is.
+    """
+    free = context - len(ids)
+    choice = MemoryChoice.of(params)
+    if choice is None or not choice.open_ended or params.max_tokens is None:
+        return free - (params.max_tokens or 0), params
+    room = max(free - params.max_tokens, min(finder.package.rag.passage, free // 2))
+    params = params.clone()
+    params.max_tokens = min(params.max_tokens or free, free - room)
+    return room, params
 
 
 def require_stridable(params: SamplingParams) -> None:

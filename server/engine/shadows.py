@@ -1,7 +1,6 @@
 """Shadowing: a share of the real decoder requests is replayed with the baselines, so that the ratio on the same prompts is always there."""
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -27,26 +26,26 @@ class Shadows:
 
     def offer(self, prompt: Any, params: SamplingParams, domain: str) -> None:
         """Sample one decoder request of a client's."""
-        if self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
+        if self.engine.draining or self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
             return
         replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"])}
         for mode, lam in self.baselines[domain]:
-            try:
-                self.queue.put_nowait((replay, params, MemoryChoice(mode, domain, lam)))
-            except asyncio.QueueFull:
+            if self.queue.full():
                 metrics.SHADOWS.labels(mode, domain, "dropped").inc()
+            else:
+                self.queue.put_nowait((replay, params, MemoryChoice(mode, domain, lam)))
 
     async def _run(self) -> None:
         for number in range(1 << 62):
             prompt, params, choice = await self.queue.get()
-            outcome = "done"
+            outcome = "dropped" if self.engine.draining else "done"
             try:
-                async for _ in self.engine.generate(dict(prompt), _replayed(params, choice), f"shadow-{number}", priority=PRIORITY):
-                    pass
+                if outcome == "done":
+                    async for _ in self.engine.generate(dict(prompt), _replayed(params, choice), f"shadow-{number}", priority=PRIORITY):
+                        pass
             except Exception:  # a baseline's failure is a figure, not a client's business
                 outcome = "failed"
-            with contextlib.suppress(KeyError):
-                metrics.SHADOWS.labels(choice.mode, choice.domain, outcome).inc()
+            metrics.SHADOWS.labels(choice.mode, choice.domain, outcome).inc()
 
 
 def _replayed(params: SamplingParams, choice: MemoryChoice) -> SamplingParams:

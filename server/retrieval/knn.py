@@ -15,10 +15,7 @@ class KnnMemory:
         self.package, self.store = package, package.datastore()
 
     def search(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and weights of each key's neighbours: keys [n, width] -> tokens [n, k] int64, weights [n, k] float32, rows summing to 1.
-
-        A row without a neighbour, in a datastore of fewer entries than an index has cells, has weights of 0.
-        """
+        """Values and weights of each key's neighbours: keys [n, width] -> tokens [n, k] int64, weights [n, k] float32, rows summing to 1."""
         queries = keys.float().cpu().numpy()
         distances, found = self.store.search(queries, min(self.package.neighbours, len(self.store.values)), self.package.probed)
         tokens = np.asarray(self.store.values[np.maximum(found, 0)], np.int64)

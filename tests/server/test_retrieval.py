@@ -152,6 +152,11 @@ def test_rag_in_a_chat(sdk: OpenAI) -> None:
     )
     assert rag.usage is not None and plain.usage is not None
     assert rag.usage.prompt_tokens == plain.usage.prompt_tokens + 32
+    unlimited = sdk.chat.completions.create(
+        model="base", messages=messages, extra_body={"domain": "a", "memory": "rag", "ignore_eos": True}
+    )  # type: ignore[arg-type]
+    assert unlimited.usage is not None and unlimited.usage.prompt_tokens == rag.usage.prompt_tokens
+    assert unlimited.usage.total_tokens == 512  # the answer gave way to the passage, not the passage to the answer
 
 
 @pytest.fixture

@@ -85,4 +85,14 @@ def test_one_domain_runs_alone_unless_it_is_the_minority() -> None:
     assert StepRouting.of([RowChoice(3, 0.5, 4), RowChoice(0, 0.0, 2)], 6, CPU).only == 3
     assert StepRouting.of([RowChoice(3, 0.5, 1), RowChoice(0, 0.0, 2)], 3, CPU).only is None
     assert StepRouting.of([RowChoice(0, 0.0, 2)], 2, CPU).only is None
+    assert not StepRouting.of([RowChoice(0, 0.0, 2)], 2, CPU).uses_memory
+
+
+def test_datastores_take_no_part_in_the_towers() -> None:
+    """Slots above the decoders' are left out of their groups; the rows keep them, for the logits."""
+    routing = StepRouting.of([RowChoice(3, 0.5, 2), RowChoice(1, 0.5, 3)], 5, CPU)
+    towers = routing.up_to(2)
+    assert towers.only == 1 and towers.slots.tolist() == [3, 3, 1, 1, 1]
+    assert routing.up_to(3) is routing and routing.uses_memory
+    assert not StepRouting.of([RowChoice(3, 0.5, 2)], 2, CPU).up_to(2).uses_memory
     assert group(torch.zeros(3, dtype=torch.int64), CPU) == ()

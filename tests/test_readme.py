@@ -26,7 +26,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("wb") as stream:
         command = ["make", "serve", f"PORT={port}", f"VENV={sys.prefix}"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600  # the first start makes the python baselines
     while "memdec is ready" not in log.read_text(errors="replace"):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
         time.sleep(0.5)

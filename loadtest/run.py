@@ -34,7 +34,6 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--arrivals", type=float, default=1.0, help="requests a second and user in the mixed part")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--domain", default="python", help="the domain with a datastore, of the sweep")
     parser.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results")
     parser.add_argument("serve", nargs=argparse.REMAINDER, help="-- and what `memdec serve` is to be started with")
     args = parser.parse_args()
@@ -51,7 +50,7 @@ def main() -> None:
     results = {
         "hardware": {"machine": platform.machine(), "processor": cpu(), "cores": os.cpu_count()},
         "commit": commit(),
-        "command": " ".join(["make loadtest", *(f"{w}" for w in sys.argv[1:] if w != "--")])[:300],
+        "command": " ".join(["python loadtest/run.py", *sys.argv[1:]]),
         "mixed": mixed,
         "sweep": sweep,
     }

@@ -54,7 +54,12 @@ def main() -> None:
         "mixed": mixed,
         "sweep": sweep,
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    kept = results | {
+        "mixed": {k: v for k, v in mixed.items() if k != "samples"},
+        "sweep": [{k: v for k, v in s.items() if k != "samples"} for s in sweep],
+    }
+    (args.out / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (args.out / "samples.json").write_text(json.dumps(mixed["samples"]) + "\n")
     plot(results, args.out)
     text = report(results)
     (args.out / "report.md").write_text(text)

@@ -8,58 +8,29 @@
 
 The keys are the base's final normed hidden states, those of `decoders.datastore`, but of the base as it is: at inference
 they come with the base's own pass. (The datastore that a decoder imitates has the keys of a teacher tuned on the domain, a whole further model.)
+
+This module reads and checks the folder; `decoders.retrieval_build` makes it.
 """
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
-from decoders import parallel
-from decoders.corpus import Corpus
-from decoders.datastore import PIECE, Datastore, spread, write_datastore, write_index
-from decoders.errors import OptionError, PackageError
-from decoders.evaluate import perplexity, score, scored, windows
-from decoders.knn_lm import Tuned, tune
-from decoders.manifest import Manifest, alone, fingerprint, refuse_foreign, stage
-from decoders.models import load_model
-from decoders.near_duplicates import Cleaned, write_near_duplicates
-from decoders.package import DOMAIN, DOMAIN_RULE, check_weights, fingerprint_model, is_lambda, read_json
-from decoders.passages import Passages, RagOptions
-from decoders.tokenizer import load_tokenizer, token_map_hash
-from decoders.tokens import load_tokens, write_tokens
+from decoders.datastore import Datastore
+from decoders.errors import PackageError
+from decoders.manifest import fingerprint
+from decoders.package import fingerprint_model, is_lambda, read_json
+from decoders.passages import RagOptions
 
 NAME = "retrieval.json"
 FORMAT = 1
 KEY = "final hidden state of the base"
 INDEX, VALUES = "index.faiss", "values.npy"
-NEIGHBOURS = (16, 64, 256, 1024)
-PROBED = (8, 16, 64)
-LEAST_ENTRIES = 2_000
-TOLERATED = 0.005  # nats that visiting fewer index cells may cost
 HASHED = 16 << 30  # bytes a server reads through at start, a second a gigabyte; of larger files only the size is checked
-
-
-@dataclass(frozen=True)
-class RetrievalOptions:
-    """What a retrieval folder is made of. The field names are the flags."""
-
-    entries: int = field(default=1_000_000, metadata={"help": "datastore entries at most"})
-    passage: int = field(default=128, metadata={"help": "tokens of a passage"})
-    query: int = field(default=32, metadata={"help": "how many of the prompt's last tokens look for passages"})
-    valid_windows: int = field(
-        default=32, metadata={"help": "validation windows (256 tokens each) that tune k, tau, lambda and the cells visited"}
-    )
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = LEAST_ENTRIES if name == "entries" else 1
-            if value < least:
-                raise OptionError(f"--{name.replace('_', '-')} {value}: wanted {least:,} or more")
 
 
 @dataclass(frozen=True)
@@ -134,84 +105,6 @@ class RetrievalPackage:
     def revision(self) -> str:
         """Fingerprint of its files."""
         return fingerprint(self.files)
-
-
-@dataclass(frozen=True)
-class RetrievalBuild:
-    """One domain's retrieval folder: what it is made from, and where it goes."""
-
-    domain: str
-    corpus: Corpus
-    base: Path
-    out: Path
-    work: Path
-    """Text, tokens and keys; may be the work folder of a `Build` of the same corpus, whose tokens are then used."""
-    options: RetrievalOptions = RetrievalOptions()
-
-    def run(self) -> Path:
-        """Make what isn't fresh; returns the folder. Raises DecoderError, one line."""
-        if not DOMAIN.fullmatch(self.domain):
-            raise OptionError(f"NAME {self.domain!r}: wanted {DOMAIN_RULE}")
-        if not self.base.is_dir():
-            raise OptionError(f"--base {self.base}: no such folder")
-        check_weights(self.base)
-        refuse_foreign(self.out)
-        with alone(self.work):
-            tokenizer = load_tokenizer(self.base)
-            inputs: Manifest = {"corpus": self.corpus.fingerprint()}
-            cleaned = write_near_duplicates(self.work / "near_duplicates", self.corpus, inputs)
-            inputs = {"cleaned": fingerprint(inputs), "token_map": token_map_hash(tokenizer)}
-            tokens = write_tokens(self.work / "tokens", Cleaned.open(self.corpus, cleaned), tokenizer, inputs)
-            inputs = {"tokens": fingerprint(inputs), "base": fingerprint_model(self.base), "entries": self.options.entries, "pieces": PIECE}
-            store = write_datastore(self.work / "own_keys", tokens, self.base, self.options.entries, inputs)
-            inputs = {"store": fingerprint(inputs), "domain": self.domain, **asdict(self.options)}
-            return self._write(store, tokens, inputs)
-
-    def _write(self, store: Path, tokens: Path, inputs: Manifest) -> Path:
-        with stage(self.out, inputs) as folder:
-            if folder is None or parallel.rank() != 0:
-                return self.out
-            datastore = Datastore.open(store)
-            write_index(datastore.index, folder / INDEX)
-            np.save(folder / VALUES, datastore.values)
-            rag = RagOptions(self.options.passage, self.options.query)
-            text = spread(load_tokens(tokens, "train"), self.options.entries)
-            Passages.build(text, load_tokenizer(self.base), rag.passage).save(folder)
-            tuned, probed, figures = tune_beside_base(datastore, self.base, tokens, self.options.valid_windows)
-            files = {
-                str(f.relative_to(folder)): describe(f)
-                for f in sorted(folder.rglob("*"))
-                if f.is_file() and not f.name.startswith("inputs")
-            }
-            record = {
-                "format": FORMAT,
-                "domain": self.domain,
-                "base": fingerprint_model(self.base),
-                "key": KEY,
-                "entries": len(datastore.values),
-                "knn": {"neighbours": tuned.neighbours, "tau": tuned.tau, "lam": tuned.lam, "probed": probed},
-                "rag": rag.to_dict(),
-                "perplexity": figures,
-                "corpus": self.corpus.name,
-                "files": files,
-            }
-            (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
-        return self.out
-
-
-def tune_beside_base(store: Datastore, base: Path, tokens: Path, most: int) -> tuple[Tuned, int, dict[str, float]]:
-    """k, tau and lambda with the lowest validation perplexity, and the fewest index cells that cost no more than TOLERATED."""
-    valid = load_tokens(tokens, "valid")
-    starts = windows(len(valid), most)
-    logprobs, queries = score(load_model(base), valid, "tuning", starts, keys=True)
-    labels = np.asarray(valid)[scored(starts)]
-    found: dict[int, Tuned] = {}
-    for probed in PROBED:
-        distances, numbers = store.search(queries, min(max(NEIGHBOURS), len(store.values)), probed)
-        found[probed] = tune(distances, store.values[numbers] == labels[:, None], np.exp(logprobs), NEIGHBOURS)
-    lowest = min(t.perplexity for t in found.values())
-    probed = next(p for p, t in found.items() if np.log(t.perplexity / lowest) <= TOLERATED)
-    return found[probed], probed, {"base": round(perplexity(logprobs), 3), "knn": found[probed].perplexity}
 
 
 def describe(file: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
 def _retrieval(args: argparse.Namespace) -> int:
     from decoders import parallel
     from decoders.corpus import Corpus
-    from decoders.retrieval import RetrievalBuild, RetrievalOptions
+    from decoders.retrieval_build import RetrievalBuild, RetrievalOptions
 
     out, work = _folders(args)
     options = RetrievalOptions(**{f.name: getattr(args, f.name) for f in fields(RetrievalOptions)})
@@ -155,7 +155,7 @@ def _add_options(parser: argparse.ArgumentParser, options: Any) -> None:
 
 
 def _add_retrieval(parser: argparse.ArgumentParser) -> None:
-    from decoders.retrieval import RetrievalOptions
+    from decoders.retrieval_build import RetrievalOptions
 
     _add_source(parser)
     _add_options(parser, RetrievalOptions)

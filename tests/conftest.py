@@ -21,7 +21,7 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 from toys import make_toys
 
 from decoders.corpus import Corpus
-from decoders.retrieval import RetrievalBuild, RetrievalOptions
+from decoders.retrieval_build import RetrievalBuild, RetrievalOptions
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,0 +1,109 @@
+"""`memdec retrieval`: corpus -> tokens -> the base's own keys -> tuned -> a folder to serve (see decoders.retrieval)."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from decoders import parallel
+from decoders.build import LEAST_ENTRIES, Build
+from decoders.corpus import Corpus
+from decoders.datastore import PIECE, Datastore, spread, write_datastore, write_index
+from decoders.errors import OptionError
+from decoders.evaluate import perplexity, score, scored, windows
+from decoders.knn_lm import Tuned, tune
+from decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
+from decoders.models import load_model
+from decoders.package import fingerprint_model
+from decoders.passages import Passages, RagOptions
+from decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
+from decoders.tokenizer import load_tokenizer
+from decoders.tokens import load_tokens
+
+NEIGHBOURS = (16, 64, 256, 1024)
+PROBED = (8, 16, 64)
+TOLERATED = 0.005  # nats that visiting fewer index cells may cost
+
+
+@dataclass(frozen=True)
+class RetrievalOptions:
+    """What a retrieval folder is made of. The field names are the flags."""
+
+    entries: int = field(default=1_000_000, metadata={"help": "datastore entries at most"})
+    passage: int = field(default=128, metadata={"help": "tokens of a passage"})
+    query: int = field(default=32, metadata={"help": "how many of the prompt's last tokens look for passages"})
+    valid_windows: int = field(
+        default=32, metadata={"help": "validation windows (256 tokens each) that tune k, tau, lambda and the cells visited"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = LEAST_ENTRIES if name == "entries" else 1
+            if value < least:
+                raise OptionError(f"--{name.replace('_', '-')} {value}: wanted {least:,} or more")
+
+
+@dataclass(frozen=True)
+class RetrievalBuild:
+    """One domain's retrieval folder: what it is made from, and where it goes."""
+
+    domain: str
+    corpus: Corpus
+    base: Path
+    out: Path
+    work: Path
+    """Text, tokens and keys; may be the work folder of a `Build` of the same corpus, whose tokens are then used."""
+    options: RetrievalOptions = RetrievalOptions()
+
+    def run(self) -> Path:
+        """Make what isn't fresh; returns the folder. Raises DecoderError, one line."""
+        # The checks, and the first two stages, are those of a decoder's build.
+        tokens = Build(self.domain, self.corpus, self.base, self.out, self.work).run("tokens")
+        with alone(self.work):
+            made_from = fingerprint(read_manifest(tokens)["inputs"])
+            inputs: Manifest = {"tokens": made_from, "base": fingerprint_model(self.base), "entries": self.options.entries, "pieces": PIECE}
+            store = write_datastore(self.work / "own_keys", tokens, self.base, self.options.entries, inputs)
+            return self._write(store, tokens, {"store": fingerprint(inputs), "domain": self.domain, **asdict(self.options)})
+
+    def _write(self, store: Path, tokens: Path, inputs: Manifest) -> Path:
+        with stage(self.out, inputs) as folder:
+            if folder is None or parallel.rank() != 0:
+                return self.out
+            datastore = Datastore.open(store)
+            write_index(datastore.index, folder / INDEX)
+            np.save(folder / VALUES, datastore.values)
+            rag = RagOptions(self.options.passage, self.options.query)
+            text = spread(load_tokens(tokens, "train"), self.options.entries)
+            Passages.build(text, load_tokenizer(self.base), rag.passage).save(folder)
+            tuned, probed, figures = tune_beside_base(datastore, self.base, tokens, self.options.valid_windows)
+            files = {str(f.relative_to(folder)): describe(f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != INPUTS}
+            record = {
+                "format": FORMAT,
+                "domain": self.domain,
+                "base": fingerprint_model(self.base),
+                "key": KEY,
+                "entries": len(datastore.values),
+                "knn": {"neighbours": tuned.neighbours, "tau": tuned.tau, "lam": tuned.lam, "probed": probed},
+                "rag": rag.to_dict(),
+                "perplexity": figures,
+                "corpus": self.corpus.name,
+                "files": files,
+            }
+            (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
+        return self.out
+
+
+def tune_beside_base(store: Datastore, base: Path, tokens: Path, most: int) -> tuple[Tuned, int, dict[str, float]]:
+    """k, tau and lambda with the lowest validation perplexity, and the fewest index cells that cost no more than TOLERATED."""
+    valid = load_tokens(tokens, "valid")
+    starts = windows(len(valid), most)
+    logprobs, queries = score(load_model(base), valid, "tuning", starts, keys=True)
+    labels = np.asarray(valid)[scored(starts)]
+    found: dict[int, Tuned] = {}
+    for probed in PROBED:
+        distances, numbers = store.search(queries, min(max(NEIGHBOURS), len(store.values)), probed)
+        found[probed] = tune(distances, store.values[numbers] == labels[:, None], np.exp(logprobs), NEIGHBOURS)
+    lowest = min(t.perplexity for t in found.values())
+    probed = next(p for p, t in found.items() if np.log(t.perplexity / lowest) <= TOLERATED)
+    return found[probed], probed, {"base": round(perplexity(logprobs), 3), "knn": found[probed].perplexity}

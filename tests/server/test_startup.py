@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.errors import StartupError
-from server.startup import check_models, parse_decoder
+from server.startup import check_models, parse_named
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_names_and_paths(toys: Path) -> None:
     """What can't be a header, alias and label; twice the same; nowhere."""
     for text in ("a", "=x", "a=", "a b=x", "-a=x", "é=x"):
         with pytest.raises(StartupError, match="--decoder"):
-            parse_decoder(text)
+            parse_named("--decoder", text)
     assert "twice" in refusal(toys, f"a={toys / 'qwen_a'}", f"a={toys / 'qwen_b'}")
     assert "no such folder" in refusal(toys, "a=/nowhere/at/all")
     with pytest.raises(StartupError, match="no such folder"):

@@ -20,6 +20,7 @@ from server.engine.openai_layer import (
 )
 from server.errors import RequestError
 from server.retrieval.rag import Added, added
+from server.routing.domains import NONE, RAG
 from server.routing.selection import Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request)])
@@ -56,7 +57,7 @@ async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
         response = await with_cancellation(_begin)(response, raw_request)
     if response is None:
         return Response(status_code=CLIENT_LEFT)
-    if selection.mode == "rag":
+    if selection.mode == RAG:
         response = with_usage(response, retrieved)
     response.headers.update(selection.headers())
     return response
@@ -141,7 +142,9 @@ def _select(request: Any, raw_request: Request) -> Selection:
     """The selection of one parsed request. Our fields are unknown to vLLM's classes, which keep such fields in `model_extra`."""
     for name in RESERVED:
         if name in (request.vllm_xargs or {}):
-            raise RequestError(f"vllm_xargs.{name} is reserved. Use the body field {name}.", "vllm_xargs")
+            raise RequestError(
+                f"vllm_xargs.{name} is reserved. Body fields choose a memory: domain, lambda, memory, rag_stride.", "vllm_xargs"
+            )
     headers = {name: [value.strip() for value in raw_request.headers.getlist(name)] for name in ("x-domain", "x-lambda", "x-memory")}
     return select(raw_request.app.state.domains, request.model, headers, request.model_extra or {})
 
@@ -150,7 +153,7 @@ def _apply(selection: Selection, request: Any) -> None:
     """Put the selection where it travels to the engine: SamplingParams.extra_args, by way of vllm_xargs."""
     if selection.domain is None:
         return
-    if selection.mode != "none" and request.use_beam_search:
+    if selection.mode != NONE and request.use_beam_search:
         raise RequestError("Beam search can't be used with a domain. Drop use_beam_search, or the domain.", "use_beam_search")
     open_ended = request.max_tokens is None and getattr(request, "max_completion_tokens", None) is None
     choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride, open_ended)

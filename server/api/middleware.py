@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import metrics
 from server.errors import BodyTooLarge, MemdecError, Unauthorized
+from server.routing.domains import NONE
 
 OPEN = ("/health",)  # paths that need no key: probes have none
 COUNTED = ("/v1/completions", "/v1/chat/completions")
@@ -99,8 +100,8 @@ class AnswerCount:
             await self.app(scope, receive, watched)
         finally:
             selection = state.get("selection")
-            domain = selection.domain.name if selection is not None and selection.domain is not None else metrics.NONE
-            metrics.REQUESTS.labels(selection.mode if selection is not None else metrics.NONE, domain, str(status)).inc()
+            domain = selection.domain.name if selection is not None and selection.domain is not None else NONE
+            metrics.REQUESTS.labels(selection.mode if selection is not None else NONE, domain, str(status)).inc()
 
 
 class FreshStepTimes:

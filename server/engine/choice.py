@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from server.routing.domains import DECODER, KNN, NONE, RAG
+
 MODE, DOMAIN, LAMBDA, STRIDE, OPEN = "memory", "domain", "lambda", "rag_stride", "rag_open"
-DECODER, KNN, RAG, NONE = "decoder", "knn", "rag", "none"
 SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a later one; set by the engine
 RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT)
 

@@ -8,11 +8,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from server.engine import rag
-from server.engine.choice import DECODER, KNN, NONE, RAG, SEGMENT, MemoryChoice
+from server.engine.choice import SEGMENT, MemoryChoice
 from server.engine.shadows import Shadows
 from server.errors import ShuttingDown
 from server.metrics import NO_LABEL, Timings
 from server.retrieval.rag import PassageFinder
+from server.routing.domains import DECODER, KNN, NONE, RAG
 
 
 class TimedOutputProcessor(OutputProcessor):

@@ -8,7 +8,8 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server import metrics
-from server.engine.choice import KNN, MemoryChoice
+from server.engine.choice import MemoryChoice
+from server.routing.domains import KNN, NONE, RAG
 
 PRIORITY = 1  # behind every client's 0: scheduled last, preempted first
 QUEUED = 32
@@ -61,6 +62,6 @@ def baselines_of(retrieval: Mapping[str, float], domains: list[str]) -> Baseline
     """What each domain is compared with: the base alone, and kNN-LM and RAG where it has a datastore (name -> lambda)."""
     found = {}
     for name in domains:
-        more = ((KNN, retrieval[name]), ("rag", 0.0)) if name in retrieval else ()
-        found[name] = (("none", 0.0), *more)
+        more = ((KNN, retrieval[name]), (RAG, 0.0)) if name in retrieval else ()
+        found[name] = ((NONE, 0.0), *more)
     return found

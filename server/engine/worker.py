@@ -14,8 +14,9 @@ from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from server.engine.choice import DECODER, KNN, MemoryChoice
+from server.engine.choice import MemoryChoice
 from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
+from server.routing.domains import DECODER, KNN
 
 
 class RoutesSteps:

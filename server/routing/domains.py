@@ -6,6 +6,9 @@ from typing import Any
 
 from server.errors import UnknownDomain
 
+DECODER, KNN, RAG, NONE = "decoder", "knn", "rag", "none"
+MODES = (DECODER, KNN, RAG, NONE)
+
 
 @dataclass(frozen=True)
 class Datastore:
@@ -46,7 +49,7 @@ class Domain:
     @property
     def modes(self) -> tuple[str, ...]:
         """What a request may ask for."""
-        return ("decoder", "knn", "rag", "none") if self.datastore is not None else ("decoder", "none")
+        return MODES if self.datastore is not None else (DECODER, NONE)
 
     def to_json(self) -> dict[str, Any]:
         """One entry of /v1/domains."""

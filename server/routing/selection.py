@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, RequestError
-from server.routing.domains import Domain, Domains
+from server.routing.domains import DECODER, KNN, MODES, NONE, RAG, Domain, Domains
 
-MODES = ("decoder", "knn", "rag", "none")
 FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
 STRIDE = "rag_stride"  # a body field
 
@@ -26,13 +25,13 @@ class Selection:
     @property
     def mixed(self) -> bool:
         """Whether a distribution is mixed into the base's, with lambda."""
-        return self.mode in ("decoder", "knn")
+        return self.mode in (DECODER, KNN)
 
     def headers(self) -> dict[str, str]:
         """Response headers that say what was used."""
         headers = {"X-Memory-Mode": self.mode}
         if self.domain is not None:
-            headers |= {"X-Memory-Domain": self.domain.name, **({} if self.mode == "rag" else {"X-Memory-Lambda": f"{self.lam:g}"})}
+            headers |= {"X-Memory-Domain": self.domain.name, **({} if self.mode == RAG else {"X-Memory-Lambda": f"{self.lam:g}"})}
         return headers
 
 
@@ -60,12 +59,12 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
     if domain is None:
         if lam is not None:
             raise RequestError(f"lambda was given without a domain. Add one of: {', '.join(domains.names)}.", "lambda")
-        return Selection(None, "none", 0.0)
-    if mode == "rag" and lam is not None:
+        return Selection(None, NONE, 0.0)
+    if mode == RAG and lam is not None:
         raise RequestError("lambda has no meaning with memory 'rag', which mixes nothing. Leave it out.", "lambda")
-    if mode in ("rag", "none"):
+    if mode in (RAG, NONE):
         return Selection(domain, mode, 0.0, stride)
-    default = domain.datastore.lam if mode == "knn" and domain.datastore is not None else domain.lam
+    default = domain.datastore.lam if mode == KNN and domain.datastore is not None else domain.lam
     return Selection(domain, mode, default if lam is None else lam)
 
 
@@ -88,11 +87,11 @@ def _domain(domains: Domains, given: list[Given]) -> Domain | None:
 def _mode(domain: Domain | None, given: list[Given]) -> str:
     _require_agreement("memory", given)
     if not given:
-        return "decoder"
+        return DECODER
     mode = given[0].value
     if not isinstance(mode, str) or mode not in MODES:
         raise BadMode(f"memory is {_shown(mode)}. It must be one of: {', '.join(MODES)}.")
-    if domain is None and mode != "none":
+    if domain is None and mode != NONE:
         raise BadMode(f"memory {mode!r} needs a domain, and none was chosen.")
     if domain is not None and mode not in domain.modes:
         raise NoDatastore(f"memory {mode!r}: no datastore is loaded for domain {domain.name!r}. Use decoder or none.")
@@ -104,7 +103,7 @@ def _stride(value: Any, mode: str) -> int:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(f"{STRIDE} is {_shown(value)}. It must be a whole number above 0.", STRIDE)
-    if mode != "rag":
+    if mode != RAG:
         raise RequestError(f"{STRIDE} needs memory 'rag', and this request's memory is {mode!r}.", STRIDE)
     return value
 

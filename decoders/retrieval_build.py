@@ -30,7 +30,7 @@ TOLERATED = 0.005  # nats that visiting fewer index cells may cost
 class RetrievalOptions:
     """What a retrieval folder is made of. The field names are the flags."""
 
-    entries: int = field(default=1_000_000, metadata={"help": "datastore entries at most"})
+    entries: int = field(default=1_000_000, metadata={"help": "datastore entries at most, in whole pieces of 4,096 tokens"})
     passage: int = field(default=128, metadata={"help": "tokens of a passage"})
     query: int = field(default=32, metadata={"help": "how many of the prompt's last tokens look for passages"})
     valid_windows: int = field(

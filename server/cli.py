@@ -82,7 +82,7 @@ def _retrieval(args: argparse.Namespace) -> int:
     options = RetrievalOptions(**{f.name: getattr(args, f.name) for f in fields(RetrievalOptions)})
     made = RetrievalBuild(args.name, Corpus.open(args.corpus), args.base, out, work, options).run()
     if parallel.rank() == 0:
-        print(f"memdec serve --datastore {args.name}={made}")
+        print(f"{made}: serve it with --datastore {args.name}={made}, beside --decoder {args.name}=...")
     return 0
 
 

@@ -11,7 +11,13 @@ def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> st
     everywhere = (None, "", "0.0.0.0", "::")  # noqa: S104
     host = args.host if args.host not in everywhere else "127.0.0.1"
     url = f"{scheme}://{host}:{args.port}"
-    names = ", ".join(f"{d.name} (lambda {d.lam:g}{'' if d.tuned else ', not tuned beside this base'})" for d in domains) or "none"
+    names = (
+        ", ".join(
+            f"{d.name} (lambda {d.lam:g}{'' if d.tuned else ', not tuned beside this base'}{'; knn, rag' if d.datastore else ''})"
+            for d in domains
+        )
+        or "none"
+    )
     header = f" -H 'X-Domain: {domains.names[0]}'" if domains.names else ""
     return (
         f"\nmemdec is ready on {url} after {seconds:.0f} s\n"

@@ -23,7 +23,7 @@ NOT_STRIDED = {  # what would have to be carried from one pass to the next, and 
     "frequency_penalty": (0, "frequency_penalty"),
     "repetition_penalty": (1, "repetition_penalty"),
     "min_tokens": (0, "min_tokens"),
-    "prompt_logprobs": (None, "echo with logprobs"),
+    "prompt_logprobs": (None, "prompt log-probabilities (echo with logprobs, or prompt_logprobs)"),
     "structured_outputs": (None, "structured outputs"),
 }
 
@@ -105,7 +105,7 @@ def require_stridable(params: SamplingParams) -> None:
     """Raise VLLMValidationError naming what doesn't work when an answer is made in several passes."""
     for field, (neutral, name) in NOT_STRIDED.items():
         if getattr(params, field, neutral) not in (neutral, None):
-            raise VLLMValidationError(f"{name} doesn't work with rag_stride: drop one of them", parameter="rag_stride")
+            raise VLLMValidationError(f"rag_stride can't be used with {name}: drop one of them", parameter="rag_stride")
 
 
 def token_ids(prompt: Any) -> list[int]:
@@ -113,6 +113,8 @@ def token_ids(prompt: Any) -> list[int]:
     if not isinstance(prompt, dict) or prompt.get("type") != "token":
         raise VLLMValidationError("memory 'rag' needs a prompt of text or token ids", parameter="memory")
     ids: list[int] = prompt["prompt_token_ids"]
+    if not ids:  # with a passage in front vLLM would no longer see that
+        raise VLLMValidationError("The decoder prompt cannot be empty", parameter="prompt")
     return ids
 
 

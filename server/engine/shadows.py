@@ -23,6 +23,10 @@ class Shadows:
         self.engine, self.rate, self.baselines = engine, rate, baselines
         self.queue: asyncio.Queue[tuple[dict[str, Any], SamplingParams, MemoryChoice]] = asyncio.Queue(QUEUED)
         self.random = random.Random()  # noqa: S311
+        for domain, modes in baselines.items():
+            for mode, _ in modes:
+                for outcome in ("done", "failed", "dropped"):
+                    metrics.SHADOWS.labels(mode, domain, outcome)  # there from the start, at 0
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     def offer(self, prompt: Any, params: SamplingParams, domain: str) -> None:

@@ -10,6 +10,7 @@ from server.routing.domains import DECODER, KNN, MODES, NONE, RAG, Domain, Domai
 
 FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
 STRIDE = "rag_stride"  # a body field
+LONGEST_STRIDE = 1_000_000  # tokens; more than any context, so the same as once
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
     domain = _domain(domains, given["domain"])
     mode = _mode(domain, given["memory"])
     lam = _lambda(given["lambda"])
-    stride = _stride(body.get(STRIDE), mode)
+    stride = _stride(body.get(STRIDE), domain, mode)
     if domain is None:
         if lam is not None:
             raise RequestError(f"lambda was given without a domain. Add one of: {', '.join(domains.names)}.", "lambda")
@@ -98,11 +99,13 @@ def _mode(domain: Domain | None, given: list[Given]) -> str:
     return mode
 
 
-def _stride(value: Any, mode: str) -> int:
+def _stride(value: Any, domain: Domain | None, mode: str) -> int:
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"{STRIDE} is {_shown(value)}. It must be a whole number above 0.", STRIDE)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LONGEST_STRIDE:
+        raise RequestError(f"{STRIDE} is {_shown(value)}. It must be a whole number from 1 to {LONGEST_STRIDE:,}.", STRIDE)
+    if domain is None:
+        raise RequestError(f"{STRIDE} needs memory 'rag' and a domain, and none was chosen.", STRIDE)
     if mode != RAG:
         raise RequestError(f"{STRIDE} needs memory 'rag', and this request's memory is {mode!r}.", STRIDE)
     return value

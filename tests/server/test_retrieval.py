@@ -77,7 +77,7 @@ def test_modes_over_http(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(("fields", "param"), [
-    ({"rag_stride": 0}, "rag_stride"), ({"rag_stride": "4"}, "rag_stride"), ({"rag_stride": True}, "rag_stride"), ({"rag_stride": 4, "memory": "knn"}, "rag_stride"),
+    ({"rag_stride": 0}, "rag_stride"), ({"rag_stride": "4"}, "rag_stride"), ({"rag_stride": True}, "rag_stride"), ({"rag_stride": 4, "memory": "knn"}, "rag_stride"), ({"rag_stride": 10**30}, "rag_stride"), ({"prompt": [[]]}, "prompt"),
     ({"rag_stride": 4, "n": 2, "temperature": 1}, "rag_stride"), ({"rag_stride": 4, "presence_penalty": 1}, "rag_stride"), ({"rag_stride": 4, "echo": True, "logprobs": 1}, "rag_stride"),
     ({"rag_stride": 4, "response_format": {"type": "json_object"}}, "rag_stride"),
 ])  # fmt: skip

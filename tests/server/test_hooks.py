@@ -10,10 +10,15 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import utils as loader
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from server.engine.rag import NOT_STRIDED
 
 PINNED = "0.32.0"
 
@@ -79,3 +84,16 @@ def test_engine_client_hooks() -> None:
     source = inspect.getsource(serve_http)
     assert source.index("engine_client.shutdown") < source.index("server.should_exit = True")
     assert "reuse_port" in parameters(setup_server)
+
+
+def test_rag_and_shadows() -> None:
+    """What stands in front of AsyncLLM.generate: its arguments, its outputs' fields, and the detokenizer of an answer in several passes."""
+    assert {"prompt", "sampling_params", "request_id", "priority"} <= set(parameters(AsyncLLM.generate))
+    assert "priority" in parameters(AsyncLLM.add_request)
+    assert parameters(RequestOutput)[:6] == ["request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished"]
+    assert parameters(CompletionOutput)[:5] == ["index", "text", "token_ids", "cumulative_logprob", "logprobs"]
+    assert parameters(IncrementalDetokenizer.from_new_request) == ["tokenizer", "request"]
+    assert parameters(IncrementalDetokenizer.update) == ["self", "new_token_ids", "stop_terminated"]
+    assert parameters(IncrementalDetokenizer.get_next_output_text) == ["self", "finished", "delta"]
+    assert set(NOT_STRIDED) <= set(SamplingParams.__struct_fields__)
+    assert hasattr(AsyncLLM, "collective_rpc")

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from decoders.datastore import Datastore
+from decoders.knn_lm import weights
 from decoders.passages import Passages, RagOptions
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -56,9 +57,9 @@ def retrieved(
         if theirs is not None:
             key = theirs.feed(fed)[1]
         distances, numbers = store.search(key.numpy(), neighbours)
-        weights = torch.softmax(torch.from_numpy(-distances[0] / tau), 0)
+        mass = torch.from_numpy(weights(distances, tau)[0])
         values = torch.from_numpy(np.asarray(store.values[numbers[0]]).astype(np.int64))
-        return ((1 - lam) * p).scatter_add(0, values, lam * weights)
+        return ((1 - lam) * p).scatter_add(0, values, lam * mass)
 
     return step
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 PARTS = ("base", "memory", "search", "mixing")
-MOST = 1024  # steps whose CUDA events may wait to be read
 
 
 class StepTimes:
@@ -22,7 +21,7 @@ class StepTimes:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.calls = dict.fromkeys(PARTS, 0)
-        self.waiting: deque[tuple[str, Any, Any]] = deque(maxlen=MOST)
+        self.waiting: deque[tuple[str, Any, Any]] = deque()
 
     @contextmanager
     def part(self, name: str, device: torch.device) -> Iterator[None]:
@@ -33,6 +32,7 @@ class StepTimes:
             yield
             end.record()
             self.waiting.append((name, begin, end))
+            self._read_passed()
         else:
             started = time.perf_counter()
             yield
@@ -40,10 +40,14 @@ class StepTimes:
 
     def totals(self) -> dict[str, tuple[float, int]]:
         """Part -> seconds and calls."""
+        self._read_passed()
+        return {name: (self.seconds[name], self.calls[name]) for name in PARTS}
+
+    def _read_passed(self) -> None:
+        """Count the events that have passed: few ever wait, and none is lost between two scrapes."""
         while self.waiting and self.waiting[0][2].query():
             name, begin, end = self.waiting.popleft()
             self._add(name, begin.elapsed_time(end) / 1e3)
-        return {name: (self.seconds[name], self.calls[name]) for name in PARTS}
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] += seconds

@@ -4,21 +4,25 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api import catalogue, completions, greeting
+from server.api import catalogue, completions, domain_updates, greeting
 from server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes
 from server.engine import openai_layer as vllm_api
 from server.errors import MemdecError
 from server.routing.domains import Domains
 
 
-async def build_app(engine: Any, args: Namespace, domains: Domains, started: float) -> FastAPI:
-    """Build the app around a running engine. `started` is the monotonic time at which the process began to."""
+async def build_app(engine: Any, args: Namespace, domains: Domains, started: float, updates: Any = None) -> FastAPI:
+    """Build the app around a running engine. `started` is the monotonic time at which the process began to.
+
+    `updates` is the server.engine.domain_updates.DomainUpdates of a server whose domains may change.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,12 +47,22 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
     vllm_api.init_entrypoints_middleware(Namespace(**{**vars(args), "api_key": None}), app, ("generate",))
     if keys:
         app.add_middleware(ApiKey, keys=keys)
+    if updates is not None:
+        domain_updates.attach(app, updates, args.admin_key)
+        updates.publish = partial(_publish, app.state)
     app.add_middleware(AnswerCount)  # last added, first run
 
     await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
     # Answers carry the model name that the client asked for, alias included.
     app.state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
     return app
+
+
+def _publish(state: Any, domains: Domains) -> None:
+    """Tell the routes, and vLLM's, what may be asked for now."""
+    state.domains = domains
+    paths = state.openai_serving_models.base_model_paths  # one list, which several of vLLM's objects hold
+    paths[:] = [vllm_api.BaseModelPath(name=name, model_path=paths[0].model_path) for name in domains.models]
 
 
 async def _error_response(_: Request, error: Exception) -> JSONResponse:

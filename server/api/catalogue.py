@@ -20,8 +20,10 @@ class UnknownModel(RequestError):
 
 @router.get("/v1/domains")
 async def domains(request: Request) -> dict[str, Any]:
-    """All domains: default lambda, revision, size, tokenizer hash, measured perplexities."""
-    return {"object": "list", "data": [d.to_json() for d in request.app.state.domains]}
+    """All domains: default lambda, revision, size, tokenizer hash, measured perplexities; and slots, if domains may change."""
+    updates = getattr(request.app.state, "domain_updates", None)
+    slots = {"slots": updates.slots_json()} if updates is not None else {}
+    return {"object": "list", "data": [d.to_json() for d in request.app.state.domains], **slots}
 
 
 @router.get("/v1/domains/{name}")

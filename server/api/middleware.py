@@ -17,6 +17,11 @@ OPEN = ("/health",)  # paths that need no key: probes have none
 COUNTED = ("/v1/completions", "/v1/chat/completions")
 
 
+def is_admin(scope: Scope) -> bool:
+    """Whether server.api.domain_updates has found the admin key in a request that needs it."""
+    return bool(scope.get("state", {}).get("admin"))
+
+
 class ApiKey:
     """401 unless the request carries one of the keys as a bearer token."""
 
@@ -25,7 +30,7 @@ class ApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request; preflight requests of browsers carry no key by design."""
-        if scope["type"] != "http" or scope["path"] in OPEN or scope["method"] == "OPTIONS" or self._known(scope):
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["method"] == "OPTIONS" or is_admin(scope) or self._known(scope):
             await self.app(scope, receive, send)
             return
         await _respond(Unauthorized("The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'."), scope, receive, send)

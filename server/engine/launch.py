@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +15,10 @@ import torch
 from decoders.package import read_json
 from decoders.retrieval import RetrievalPackage
 from decoders.tokenizer import load_tokenizer
+from server.engine.domain_updates import ADMIN_KEY, DomainUpdates, UpdateOptions
 from server.errors import StartupError
 from server.retrieval.rag import PassageFinder
-from server.startup import Models, check_models, with_datastores
+from server.startup import Models, check_models, packages_in, with_datastores
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
@@ -34,12 +36,15 @@ def serve(argv: list[str]) -> int:
     """Run the server until it is told to stop; returns the exit code. Raises StartupError."""
     set_environment(argv)
     args = parse(argv)
-    models = check_models(args.model, args.decoder, (args.served_model_name or [None])[0])
+    models = check_models(args.model, [*args.decoder, *packages_in(args.decoder_dir)], (args.served_model_name or [None])[0])
     models = with_datastores(models, args.datastore, args.skip_broken_datastores)
+    updates = UpdateOptions.of(args, models)
+    if updates is not None:
+        models = replace(models, slots=updates.slots)
     configure(args, models)
     import uvloop
 
-    code: int = uvloop.run(_serve(args, models))
+    code: int = uvloop.run(_serve(args, models, updates))
     return code
 
 
@@ -87,6 +92,9 @@ def _options(parser: Parser) -> Parser:
         "--decoder", action="append", default=[], metavar="NAME=PATH", help="a domain's decoder: a package or a plain checkpoint"
     )
     ours.add_argument(
+        "--decoder-dir", action="append", default=[], metavar="DIR", help="all decoder packages in a folder, each named like its own folder"
+    )
+    ours.add_argument(
         "--datastore", action="append", default=[], metavar="NAME=PATH", help="a domain's retrieval baselines, made by memdec retrieval"
     )
     ours.add_argument("--skip-broken-datastores", action="store_true", help="serve without a datastore that is damaged or another base's")
@@ -97,6 +105,17 @@ def _options(parser: Parser) -> Parser:
         metavar="SHARE",
         help="share of the decoder requests that is replayed at low priority with the base alone and the domain's baselines (default: 0)",
     )
+    ours.add_argument(
+        "--enable-domain-updates", action="store_true", help="load, replace and unload decoders at run time: POST and DELETE /v1/domains"
+    )
+    ours.add_argument("--admin-key", metavar="KEY", help=f"the key that changes domains (better: {ADMIN_KEY} in the environment)")
+    ours.add_argument(
+        "--max-decoders", type=int, metavar="N", help="decoders that may be loaded at once (default: one more than at the start)"
+    )
+    ours.add_argument(
+        "--domain-root", action="append", default=[], metavar="DIR",
+        help="folder that decoders may be loaded from at run time (default: those of --decoder-dir)",
+    )  # fmt: skip
     ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
     return parser
 
@@ -124,7 +143,7 @@ def configure(args: Namespace, models: Models) -> None:
         # The front end would choose by request, the engine once: what the one accepts could fail in the other.
         args.structured_outputs_config.backend = "xgrammar"
     args.model = str(models.base)
-    args.served_model_name = [models.domains.base, *(models.domains.alias(d) for d in models.domains)]
+    args.served_model_name = models.domains.models
     args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
     on_cpu = not torch.cuda.is_available()
     if models.domains.all:
@@ -164,7 +183,7 @@ def require_supported(models: Models) -> None:
                 raise StartupError(f"{owner}: {architecture} {kind}, which memory decoders don't work with yet")
 
 
-async def _serve(args: Namespace, models: Models) -> int:
+async def _serve(args: Namespace, models: Models, options: UpdateOptions | None) -> int:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     from vllm.usage.usage_lib import UsageContext
@@ -187,7 +206,8 @@ async def _serve(args: Namespace, models: Models) -> int:
         raise StartupError(f"the engine did not start: {str(error).strip().splitlines()[0]}") from error
     try:
         await _equip(engine, args, models)
-        app = await build_app(engine, args, models.domains, started)
+        updates = DomainUpdates(engine, models, options) if options is not None else None
+        app = await build_app(engine, args, models.domains, started, updates)
         stopped = await serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
             access_log=not args.disable_uvicorn_access_log, timeout_keep_alive=5,
@@ -212,6 +232,8 @@ async def _equip(engine: Any, args: Namespace, models: Models) -> None:
     from server.engine.shadows import Shadows, baselines_of
 
     metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
+    for domain in models.domains:
+        metrics.DOMAIN.labels(domain.name, domain.revision).set(1)
     stores = {d.name: d.datastore for d in models.domains if d.datastore is not None}
     tokenizer = load_tokenizer(models.base) if stores else None
     engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}

@@ -15,8 +15,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from server.engine.choice import MemoryChoice
+from server.engine.slots import HoldsSlots
 from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
-from server.routing.domains import DECODER, KNN
+from server.model.slots import slots_of
 
 
 class RoutesSteps:
@@ -27,9 +28,7 @@ class RoutesSteps:
     def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         runner: Any = self
         if not hasattr(self, "slots"):
-            spec = runner.model_config.hf_config.memory_decoder
-            memories = [(DECODER, d["name"]) for d in spec["decoders"]] + [(KNN, d["name"]) for d in spec.get("datastores", [])]
-            self.slots = {memory: slot for slot, memory in enumerate(memories, 1)}
+            self.slots = slots_of(runner.model_config.hf_config.memory_decoder)
         batch = runner.input_batch
         ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
         rows = [self._row(runner.requests[r], ends[i + 1] - ends[i]) for i, r in enumerate(batch.req_ids)]
@@ -42,7 +41,9 @@ class RoutesSteps:
         if not hasattr(request, "memory"):
             choice = MemoryChoice.of(request.sampling_params)
             active = choice is not None and choice.mixed
-            request.memory = (self.slots[choice.mode, choice.domain], choice.lam) if choice is not None and active else (NO_DOMAIN, 0.0)
+            request.memory = (
+                (choice.slot or self.slots[choice.mode, choice.domain], choice.lam) if choice is not None and active else (NO_DOMAIN, 0.0)
+            )
         slot, lam = request.memory
         return RowChoice(slot, lam, tokens)
 
@@ -75,7 +76,7 @@ class TellsTimes:
         return times
 
 
-class CPUMemoryWorker(TellsTimes, cpu_worker.CPUWorker):
+class CPUMemoryWorker(HoldsSlots, TellsTimes, cpu_worker.CPUWorker):
     """`worker_cls` on CPUs."""
 
     def init_device(self) -> None:
@@ -84,8 +85,16 @@ class CPUMemoryWorker(TellsTimes, cpu_worker.CPUWorker):
             super().init_device()
 
 
-class GPUMemoryWorker(TellsTimes, gpu_worker.Worker):
+class GPUMemoryWorker(HoldsSlots, TellsTimes, gpu_worker.Worker):
     """`worker_cls` on CUDA devices."""
 
     def _make_model_runner(self) -> RoutedGPUModelRunner:
         return RoutedGPUModelRunner(self.vllm_config, self.device)
+
+    def determine_available_memory(self) -> int:
+        """What vLLM finds for the KV cache, less what decoders need that will be loaded into empty slots."""
+        available: int = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:  # the user has decided
+            return available
+        reserved: int = self.model_runner.get_model().reserved_bytes()
+        return available - reserved

@@ -1,7 +1,7 @@
 """The domains a server offers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.errors import UnknownDomain
@@ -86,12 +86,30 @@ class Domains:
 
     def find(self, name: str) -> Domain:
         """The domain called `name`. Raises UnknownDomain, which lists the valid names."""
-        for domain in self.all:
-            if domain.name == name:
-                return domain
+        if (domain := self.get(name)) is not None:
+            return domain
         valid = f"Valid domains: {', '.join(self.names)}." if self.all else "This server has no domains."
         raise UnknownDomain(f"The domain {name[:80]!r} does not exist. {valid}")
 
     def alias(self, domain: Domain) -> str:
         """The model name that selects a domain, for clients that can set nothing else."""
         return f"{self.base}:{domain.name}"
+
+    def get(self, name: str) -> Domain | None:
+        """The domain called `name`, if there is one."""
+        return next((d for d in self.all if d.name == name), None)
+
+    def having(self, domain: Domain) -> "Domains":
+        """The same with a domain added, or in the place of the one of its name."""
+        if domain.name not in self.names:
+            return replace(self, all=(*self.all, domain))
+        return replace(self, all=tuple(domain if d.name == domain.name else d for d in self.all))
+
+    def without(self, name: str) -> "Domains":
+        """The same without the domain called `name`."""
+        return replace(self, all=tuple(d for d in self.all if d.name != name))
+
+    @property
+    def models(self) -> list[str]:
+        """The model names that requests may give: the base, and one alias a domain."""
+        return [self.base, *(self.alias(d) for d in self.all)]

@@ -1,0 +1,59 @@
+"""The worker's side of domain updates: what the front end calls, between two steps, on every worker of every replica."""
+
+from pathlib import Path
+from typing import Any
+
+from server.model.slots import StagedTower
+
+
+class HoldsSlots:
+    """Mixin for workers. Failures come back as text: an exception would end some executors' workers."""
+
+    staged: Any = None
+
+    def stage_decoder(self, slot: int, path: str) -> str | None:
+        """Build an empty tower for a slot; returns what went wrong, or None."""
+        worker: Any = self
+        model, config = worker.model_runner.get_model(), worker.vllm_config.model_config
+        try:
+            self.staged = StagedTower(model, slot, Path(path), config, worker.device)
+        except Exception as error:  # of whatever kind a model's constructor raises
+            return told(error)
+        return None
+
+    def load_staged(self, budget: int) -> bool | str:
+        """Copy weights of about `budget` bytes into it; returns whether it is complete, or what went wrong."""
+        try:
+            return bool(self.staged.load(budget))
+        except Exception as error:  # of whatever kind a model's loader raises
+            return told(error)
+
+    def install_staged(self) -> str | None:
+        """Put it into its slot, where requests may name it from now on; returns what went wrong, or None."""
+        try:
+            self.staged.install()
+        except Exception as error:  # of whatever kind a layer's post-processing raises
+            return told(error)
+        self.staged = None
+        return None
+
+    def discard_staged(self) -> None:
+        """Forget what was staged."""
+        if self.staged is not None:
+            self.staged.discard()
+            self.staged = None
+
+    def free_slot(self, slot: int) -> bool:
+        """Unload a slot's decoder, unless a request that the worker knows uses it still: returns whether it is free."""
+        worker: Any = self
+        runner = worker.model_runner
+        if any(getattr(request, "memory", (0, 0.0))[0] == slot for request in runner.requests.values()):
+            return False
+        runner.get_model().replace_tower(slot, None)
+        return True
+
+
+def told(error: Exception) -> str:
+    """One line that says what went wrong; many of vLLM's assertions have no message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

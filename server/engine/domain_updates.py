@@ -23,7 +23,7 @@ from server.model.packing import MAX_SLOT
 from server.routing.domains import DECODER, NONE, Domain, Domains
 from server.startup import Models, domain_of, open_decoder, require_one_shape
 
-PIECE = 32 << 20  # bytes of weights copied between two steps
+PIECE = 16 << 20  # bytes of weights that are worked on between two steps
 POLL = 0.05  # seconds between two looks at whether a slot is free
 ADMIN_KEY = "MEMDEC_ADMIN_KEY"
 

@@ -22,20 +22,16 @@ class HoldsSlots:
         return None
 
     def load_staged(self, budget: int) -> bool | str:
-        """Copy weights of about `budget` bytes into it; returns whether it is complete, or what went wrong."""
+        """Work on weights of about `budget` bytes; returns whether it is complete, or what went wrong."""
         try:
             return bool(self.staged.load(budget))
         except Exception as error:  # of whatever kind a model's loader raises
             return told(error)
 
-    def install_staged(self) -> str | None:
-        """Put it into its slot, where requests may name it from now on; returns what went wrong, or None."""
-        try:
-            self.staged.install()
-        except Exception as error:  # of whatever kind a layer's post-processing raises
-            return told(error)
+    def install_staged(self) -> None:
+        """Put it into its slot, where requests may name it from now on."""
+        self.staged.install()
         self.staged = None
-        return None
 
     def discard_staged(self) -> None:
         """Forget what was staged."""

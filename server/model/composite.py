@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from decoders.retrieval import RetrievalPackage
 from server.model.mixing import mix
 from server.model.packing import pack, unpack
+from server.model.replicated import replicated
 from server.model.routed import CurrentStep, routed_view, share_attention
 from server.model.routing import StepRouting, group
 from server.model.slots import capacity
@@ -62,7 +63,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.built += 1
         # vLLM reads the layer number off the only integer between dots.
         name = maybe_prefix(self.prefix, f"memory_{self.built - 1}")
-        tower: nn.Module = init_vllm_registered_model(self.beside, prefix=name, hf_config=self.memory_config)
+        with replicated():
+            tower: nn.Module = init_vllm_registered_model(self.beside, prefix=name, hf_config=self.memory_config)
         return tower
 
     def replace_tower(self, slot: int, tower: nn.Module | None) -> None:

@@ -18,9 +18,9 @@ import pytest
 import torch
 from asking import ABSENT, ask, refused, text
 from conftest import Server, metric, start_server, stop_server
+from reference import greedy, hugging_face
 from safetensors.torch import load_file, save_file
 from toys import QWEN_ROWS, qwen
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from decoders.package import fingerprint_model
 from server.engine.domain_updates import ADMIN_KEY, UpdateOptions
@@ -110,31 +110,10 @@ def expected(toys: Path, folder: Path) -> dict[str, list[list[int]]]:
     found = {}
     for name, path in packages.items():
         decoder = hugging_face(path) if path is not None else None
-        found[name] = [greedy(base, decoder, prompt) for prompt in PROMPTS]
+        found[name] = [greedy(base, decoder, prompt, TOKENS) for prompt in PROMPTS]
     for i in range(len(PROMPTS)):
         assert len({tuple(tokens[i]) for tokens in found.values()}) == len(found), "every revision answers in its own way"
     return found
-
-
-def hugging_face(path: Path) -> PreTrainedModel:
-    """A toy in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model
-
-
-@torch.inference_mode()
-def greedy(base: PreTrainedModel, decoder: PreTrainedModel | None, prompt: list[int]) -> list[int]:
-    """The mixture's most probable tokens, lambda 0.6."""
-    ids = list(prompt)
-    for _ in range(TOKENS):
-        tokens = torch.tensor([ids])
-        p = base(tokens).logits[0, -1].double().softmax(-1)
-        if decoder is not None:
-            logits = decoder(tokens).logits[0, -1].double()
-            p = 0.4 * p
-            p[: len(logits)] += 0.6 * logits.softmax(-1)
-        ids.append(int(p.argmax()))
-    return ids[len(prompt) :]
 
 
 def tokens(http: httpx.Client, prompt: list[int], **fields: Any) -> list[int]:

@@ -54,7 +54,9 @@ def set_environment(argv: list[str]) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if small_cpu() and not any(word.startswith(("--tensor", "--pipeline", "--data-parallel", "-tp", "-pp", "-dp")) for word in argv):
+    if small_cpu() and any(word.startswith(("--tensor", "--pipeline", "--data-parallel", "-tp", "-pp", "-dp")) for word in argv):
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM would give each worker a NUMA node, or cores, of its own
+    elif small_cpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # asks for the worker inside the engine's process
     if "--enforce-eager" in argv:
         # One sampler helper has a torch.compile decorator of its own, and would build C++ at the first request with logprobs.

@@ -1,5 +1,6 @@
 """Several engines behind one front end: domains, metrics and updates are those of one."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from asking import ask, refused
 from conftest import Server, metric, start_server, stop_server
 from reference import greedy, hugging_face
+from toys import QWEN_ROWS, qwen
 
 ADMIN = {"Authorization": "Bearer admin"}
 PROMPT = [300, 301, 302, 303]
@@ -76,3 +78,28 @@ def test_two_replicas(replicas: Server, toys: Path) -> None:
         assert [tokens(http, rank, domain="b") for rank in RANKS] == [with_a, with_a]
         refused(load("b", "gpt_a"), 400, "path")
         assert [tokens(http, rank) for rank in RANKS] == [alone, alone]
+
+
+def test_a_sharded_base(toys: Path, tmp_path: Path) -> None:
+    """Two ranks share the base; each has the whole of a decoder with three heads, of the start and loaded later."""
+    torch.set_num_threads(1)
+    for seed, name in enumerate(("three", "more"), 41):
+        shutil.copytree(toys / "qwen_a", tmp_path / name)
+        qwen(seed, QWEN_ROWS, hidden=96, layers=2, heads=3, spread=0.2).save_pretrained(tmp_path / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        running = start_server(
+            tmp_path / "log.txt", str(toys / "base"), "--decoder", f"three={tmp_path / 'three'}", "--tensor-parallel-size", "2",
+            "--enable-domain-updates", "--domain-root", str(tmp_path), "--admin-key", "admin", "--dtype", "float32", "--max-model-len", "512",
+            "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20),
+        )  # fmt: skip
+    try:
+        base, three, more = (hugging_face(path) for path in (toys / "base", tmp_path / "three", tmp_path / "more"))
+        with httpx.Client(base_url=running.url, timeout=120) as http:
+            assert tokens(http, 0) == greedy(base, None, PROMPT, TOKENS)
+            assert tokens(http, 0, domain="three") == greedy(base, three, PROMPT, TOKENS)
+            assert http.post("/v1/domains", json={"name": "more", "path": "more"}, headers=ADMIN).status_code == 201
+            assert tokens(http, 0, domain="more") == greedy(base, more, PROMPT, TOKENS)
+            assert tokens(http, 0, domain="three") == greedy(base, three, PROMPT, TOKENS)
+    finally:
+        stop_server(running)

@@ -14,7 +14,9 @@ from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from server.engine.attention import MemoryAttention
 from server.engine.choice import MemoryChoice
+from server.model.attention import attention_names
 from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
 from server.routing.domains import DECODER, KNN
 
@@ -23,19 +25,31 @@ class RoutesSteps:
     """Mixin for vLLM's V1 model runners."""
 
     slots: dict[tuple[str, str], int]
+    attention: MemoryAttention
+    last: tuple[tuple[list[RowChoice], int], StepRouting] | None = None
+    """The step before: decoding steps are mostly routed alike."""
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Also find the towers' attention layers in the KV cache."""
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        runner: Any = self
+        spec = runner.model_config.hf_config.memory_decoder
+        memories = [(DECODER, d["name"]) for d in spec["decoders"]] + [(KNN, d["name"]) for d in spec.get("datastores", [])]
+        self.slots = {memory: slot for slot, memory in enumerate(memories, 1)}
+        self.attention = MemoryAttention(runner, attention_names(runner.get_model().towers[0]))
 
     def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         runner: Any = self
-        if not hasattr(self, "slots"):
-            spec = runner.model_config.hf_config.memory_decoder
-            memories = [(DECODER, d["name"]) for d in spec["decoders"]] + [(KNN, d["name"]) for d in spec.get("datastores", [])]
-            self.slots = {memory: slot for slot, memory in enumerate(memories, 1)}
         batch = runner.input_batch
         ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
         rows = [self._row(runner.requests[r], ends[i + 1] - ends[i]) for i, r in enumerate(batch.req_ids)]
         total = len(input_ids) if input_ids is not None else len(kwargs["inputs_embeds"])
-        routing = StepRouting.of(rows, total, runner.device)
-        return super()._model_forward(input_ids, *args, routing=routing, **kwargs)  # type: ignore[misc]
+        if self.last is None or self.last[0] != (rows, total):
+            self.last = (rows, total), StepRouting.of(rows, total, runner.device)
+        routing = self.last[1]
+        decoders = len(runner.get_model().towers)
+        attention = {g.slot: self.attention.of_step(g) for g in routing.groups if g.tokens is not None and g.slot <= decoders}
+        return super()._model_forward(input_ids, *args, routing=routing, attention=attention, **kwargs)  # type: ignore[misc]
 
     def _row(self, request: Any, tokens: int) -> RowChoice:
         """A request's row of this step; what it chose is read once and kept with it."""

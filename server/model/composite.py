@@ -114,12 +114,12 @@ class MemoryDecoderForCausalLM(nn.Module):
         """
         # The base may have more rows of padding, and a client may send their ids.
         input_ids = input_ids.clamp(max=self.memory_ids - 1)
-        if groups[0].tokens is None:
-            whole: Tensor = self.towers[groups[0].slot - 1](input_ids, positions)
-            return whole
         memory = like.new_zeros(len(like), self.memory_width)
         for group in groups:
             tower = self.towers[group.slot - 1]
+            if group.tokens is None:
+                whole: Tensor = tower(input_ids, positions)
+                return whole
             with override_forward_context(attention[group.slot]):
                 own: Tensor = tower(input_ids.index_select(0, group.tokens), positions.index_select(0, group.tokens))
             memory.index_copy_(0, group.tokens, own)

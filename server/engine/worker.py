@@ -14,6 +14,7 @@ from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from server.engine import expand
 from server.engine.attention import MemoryAttention
 from server.engine.choice import MemoryChoice
 from server.model.attention import attention_names
@@ -37,6 +38,8 @@ class RoutesSteps:
         memories = [(DECODER, d["name"]) for d in spec["decoders"]] + [(KNN, d["name"]) for d in spec.get("datastores", [])]
         self.slots = {memory: slot for slot, memory in enumerate(memories, 1)}
         self.attention = MemoryAttention(runner, attention_names(runner.get_model().towers[0]))
+        if runner.speculative_config is not None:
+            runner.drafter.attach(runner)
 
     def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         runner: Any = self
@@ -50,6 +53,16 @@ class RoutesSteps:
         decoders = len(runner.get_model().towers)
         attention = {g.slot: self.attention.of_step(g) for g in routing.groups if g.tokens is not None and g.slot <= decoders}
         return super()._model_forward(input_ids, *args, routing=routing, attention=attention, **kwargs)  # type: ignore[misc]
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """Without drafts to verify, sample as vLLM does without speculation: nobody pays for what others use."""
+        if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """The drafter itself keeps each request within the context; vLLM would stop drafting for all near one's end."""
+        return common_attn_metadata is not None
 
     def _row(self, request: Any, tokens: int) -> RowChoice:
         """A request's row of this step; what it chose is read once and kept with it."""
@@ -94,6 +107,8 @@ class CPUMemoryWorker(TellsTimes, cpu_worker.CPUWorker):
 
     def init_device(self) -> None:
         """Build the routed runner where vLLM would build its own."""
+        if self.vllm_config.speculative_config is not None:
+            expand.install()
         with _replaced(cpu_worker, "CPUModelRunner", RoutedCPUModelRunner):
             super().init_device()
 

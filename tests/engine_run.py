@@ -1,7 +1,7 @@
 """Run one batch through an offline vLLM engine in a process of its own: `python engine_run.py JOB.json RESULT.json`.
 
 A job is {"engine": LLM arguments, "requests": [{"prompt", "domain", "lambda", "mode", "sampling"}], "rounds": n}; the result holds, per
-round and request, prompt and output token ids, their log-probabilities, cached tokens, and the engine's preemption count.
+round and request, prompt and output token ids (of all samples), their log-probabilities, cached tokens, and the engine's counters.
 """
 
 import json
@@ -36,12 +36,10 @@ def main(job_path: str, result_path: str) -> None:
         prompts.append(prompt)
         params.append(sampling)
     rounds = [[_record(o) for o in llm.generate(prompts, params, use_tqdm=False)] for _ in range(job["rounds"])]
-    preemptions = (
-        next((m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), 0)
-        if not job["engine"].get("disable_log_stats", True)
-        else 0
-    )
-    Path(result_path).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
+    counted = llm.get_metrics() if not job["engine"].get("disable_log_stats", True) else []
+    counters = {m.name: m.value for m in counted if hasattr(m, "value")}
+    result = {"rounds": rounds, "counters": counters, "preemptions": counters.get("vllm:num_preemptions", 0)}
+    Path(result_path).write_text(json.dumps(result))
 
 
 def _record(output: Any) -> dict[str, Any]:
@@ -52,7 +50,10 @@ def _record(output: Any) -> dict[str, Any]:
         "output": list(choice.token_ids),
         "text": choice.text,
         "cached": output.num_cached_tokens,
-        "logprobs": [step[token].logprob for step, token in zip(choice.logprobs, choice.token_ids, strict=True)],
+        "logprobs": [
+            step[token].logprob for step, token in zip(choice.logprobs or [], choice.token_ids if choice.logprobs else [], strict=True)
+        ],
+        "samples": [list(c.token_ids) for c in output.outputs],
     }
     if output.prompt_logprobs is not None:
         record["prompt_logprobs"] = [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]

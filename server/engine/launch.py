@@ -29,6 +29,7 @@ UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's cla
     "takes images or sound": "supports_multimodal",
     "is a pooling model": "is_pooling_model",
 }
+MOST_DRAFTED = 16
 Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
@@ -118,6 +119,13 @@ def _options(parser: Parser) -> Parser:
         "--domain-root", action="append", default=[], metavar="DIR",
         help="folder that decoders may be loaded from at run time (default: those of --decoder-dir)",
     )  # fmt: skip
+    ours.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="K",
+        help="most tokens that a request's memory drafts ahead in a step (default: 0, none)",
+    )
     ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
     return parser
 
@@ -157,15 +165,34 @@ def configure(args: Namespace, models: Models) -> None:
     if models.domains.all and not on_cpu:
         # Routing by domain is decided in Python each step, which a captured graph can't follow.
         args.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    if args.pipeline_parallel_size > 1:
-        raise StartupError("--pipeline-parallel-size: memory decoders run beside the whole base, wanted 1")
     for option, given in REFUSED.items():
         if getattr(args, given, None):
             raise StartupError(f"{option}: not supported with memory decoders yet; leave it out")
+    _speculate(args, models)
+    if args.pipeline_parallel_size > 1:
+        raise StartupError("--pipeline-parallel-size: memory decoders run beside the whole base, wanted 1")
     if (args.api_server_count or 1) > 1:
         raise StartupError(f"--api-server-count {args.api_server_count}: wanted 1; start several servers behind a load balancer instead")
     if "--shutdown-timeout" not in args.explicit:
         args.shutdown_timeout = SHUTDOWN_TIMEOUT
+
+
+def _speculate(args: Namespace, models: Models) -> None:
+    """Turn `--speculate K` into vLLM's configuration of a drafter."""
+    if not 0 <= args.speculate <= MOST_DRAFTED:
+        raise StartupError(f"--speculate {args.speculate}: wanted a number of tokens from 0 to {MOST_DRAFTED}")
+    if not args.speculate or not models.domains.all:
+        return
+    if args.tensor_parallel_size > 1:
+        raise StartupError("--speculate: wanted --tensor-parallel-size 1; the ranks would draft differently")
+    if args.async_scheduling:
+        raise StartupError("--async-scheduling: doesn't work with --speculate; leave one of them out")
+    args.speculative_config = {
+        "method": "custom_class",
+        "model": "server.engine.drafter.MemoryDrafter",
+        "num_speculative_tokens": args.speculate,
+    }
+    args.scheduler_cls = "server.engine.drafter.DraftingScheduler"
 
 
 def require_supported(models: Models) -> None:

@@ -14,8 +14,11 @@ from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from server.engine import expand
+from server.engine.attention import MemoryAttention
 from server.engine.choice import MemoryChoice
 from server.engine.slots import HoldsSlots
+from server.model.attention import attention_names
 from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
 from server.model.slots import slots_of
 
@@ -24,17 +27,41 @@ class RoutesSteps:
     """Mixin for vLLM's V1 model runners."""
 
     slots: dict[tuple[str, str], int]
+    attention: MemoryAttention
+    last: tuple[tuple[list[RowChoice], int], StepRouting] | None = None
+    """The step before: decoding steps are mostly routed alike."""
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Also find the towers' attention layers in the KV cache."""
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        runner: Any = self
+        self.slots = slots_of(runner.model_config.hf_config.memory_decoder)
+        self.attention = MemoryAttention(runner, attention_names(runner.get_model().towers[0]))
+        if runner.speculative_config is not None:
+            runner.drafter.attach(runner)
 
     def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         runner: Any = self
-        if not hasattr(self, "slots"):
-            self.slots = slots_of(runner.model_config.hf_config.memory_decoder)
         batch = runner.input_batch
         ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
         rows = [self._row(runner.requests[r], ends[i + 1] - ends[i]) for i, r in enumerate(batch.req_ids)]
         total = len(input_ids) if input_ids is not None else len(kwargs["inputs_embeds"])
-        routing = StepRouting.of(rows, total, runner.device)
-        return super()._model_forward(input_ids, *args, routing=routing, **kwargs)  # type: ignore[misc]
+        if self.last is None or self.last[0] != (rows, total):
+            self.last = (rows, total), StepRouting.of(rows, total, runner.device)
+        routing = self.last[1]
+        decoders = len(runner.get_model().towers)
+        attention = {g.slot: self.attention.of_step(g) for g in routing.groups if g.tokens is not None and g.slot <= decoders}
+        return super()._model_forward(input_ids, *args, routing=routing, attention=attention, **kwargs)  # type: ignore[misc]
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """Without drafts to verify, sample as vLLM does without speculation: nobody pays for what others use."""
+        if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """The drafter itself keeps each request within the context; vLLM would stop drafting for all near one's end."""
+        return common_attn_metadata is not None
 
     def _row(self, request: Any, tokens: int) -> RowChoice:
         """A request's row of this step; what it chose is read once and kept with it."""
@@ -81,6 +108,8 @@ class CPUMemoryWorker(HoldsSlots, TellsTimes, cpu_worker.CPUWorker):
 
     def init_device(self) -> None:
         """Build the routed runner where vLLM would build its own."""
+        if self.vllm_config.speculative_config is not None:
+            expand.install()
         with _replaced(cpu_worker, "CPUModelRunner", RoutedCPUModelRunner):
             super().init_device()
 

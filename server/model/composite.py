@@ -10,7 +10,7 @@ number of decoders; slots without a decoder are empty until one is loaded into t
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from vllm.config import CompilationMode, VllmConfig
+from vllm.forward_context import override_forward_context
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
 from decoders.retrieval import RetrievalPackage
+from server.model.attention import share_attention
 from server.model.mixing import mix
 from server.model.packing import pack, unpack
 from server.model.replicated import replicated
-from server.model.routed import CurrentStep, routed_view, share_attention
-from server.model.routing import StepRouting, group
+from server.model.routing import Group, StepRouting, positions_by_slot
 from server.model.slots import capacity
 from server.model.timing import StepTimes
 from server.retrieval.knn import KnnMemory, log_probabilities
@@ -54,9 +55,6 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.towers = nn.ModuleList([*towers, *[None] * (capacity(spec) - len(towers))])  # type: ignore[list-item]
         self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
         self.times = StepTimes()
-        self.step = CurrentStep()
-        # Not a registered child: it owns no weights, and vLLM must not post-process them twice.
-        self.__dict__["view"] = None
 
     def build_tower(self) -> nn.Module:
         """A decoder's model without its weights; its attention layers are its own still."""
@@ -72,7 +70,6 @@ class MemoryDecoderForCausalLM(nn.Module):
         if tower is None and slot == 1:
             return
         self.towers[slot - 1] = tower  # type: ignore[assignment]
-        self.process_weights_after_loading()
 
     def reserved_bytes(self) -> int:
         """What decoders in the slots that are empty now would take."""
@@ -111,37 +108,43 @@ class MemoryDecoderForCausalLM(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
         routing: StepRouting | None = None,
+        attention: Mapping[int, Any] | None = None,
     ) -> Tensor:
         """Packed rows [tokens, H_base + H_memory + TAIL] (see server.model.packing); [tokens, H_base] where no request has a memory.
 
-        `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0.
+        `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0. `attention`
+        maps each decoder's slot to the forward context of its requests alone, where they aren't all there are.
         """
         with self.times.part("base", positions.device):
-            hidden = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
+            hidden: Tensor = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
         if routing is None:
-            slots = torch.ones(len(hidden), dtype=torch.int64)
-            routing = StepRouting(slots.to(hidden.device), torch.zeros(len(hidden), device=hidden.device), group(slots, hidden.device))
+            routing = StepRouting.untold(len(hidden), hidden.device)
         if not routing.uses_memory:
-            alone: Tensor = hidden  # what vLLM does without us, at no more cost
-            return alone
-        towers = routing.up_to(len(self.towers))
-        if not towers.groups:
-            memory = hidden.new_zeros(len(hidden), self.memory_width)
-        else:
+            return hidden  # what vLLM does without us, at no more cost
+        if decoded := [group for group in routing.groups if group.slot <= len(self.towers)]:
             with self.times.part("memory", positions.device):
-                memory = self._memory(input_ids, positions, towers)
-        return pack(hidden, memory, routing.slots, routing.lams)
+                memory = self._memory(input_ids, positions, hidden, decoded, attention or {})
+        else:  # datastores need no tower
+            memory = hidden.new_zeros(len(hidden), self.memory_width)
+        return pack(hidden, memory, routing.tail)
 
-    def _memory(self, input_ids: Tensor, positions: Tensor, routing: StepRouting) -> Tensor:
-        """Hidden states of each token's own decoder, [tokens, H_memory]; anything where a token has none."""
+    def _memory(self, input_ids: Tensor, positions: Tensor, like: Tensor, groups: list[Group], attention: Mapping[int, Any]) -> Tensor:
+        """Hidden states of each token's own decoder, [tokens, H_memory]; zeros where a token has none.
+
+        Each decoder's tokens are a batch of their own, and picked once a step: its tower runs over them as if it were alone.
+        """
         # The base may have more rows of padding, and a client may send their ids.
         input_ids = input_ids.clamp(max=self.memory_ids - 1)
-        if (only := routing.only) is not None:
-            hidden: Tensor = self.towers[only - 1](input_ids, positions)
-            return hidden
-        self.step.routing = routing
-        routed: Tensor = self.__dict__["view"](input_ids, positions)
-        return routed
+        memory = like.new_zeros(len(like), self.memory_width)
+        for group in groups:
+            tower = self.towers[group.slot - 1]
+            if group.tokens is None:
+                whole: Tensor = tower(input_ids, positions)
+                return whole
+            with override_forward_context(attention[group.slot]):
+                own: Tensor = tower(input_ids.index_select(0, group.tokens), positions.index_select(0, group.tokens))
+            memory.index_copy_(0, group.tokens, own)
+        return memory
 
     def compute_logits(self, rows: Tensor) -> Tensor | None:
         """Mixed logits [n, V] float32 from `forward`'s rows [n, ...]; the base's own, untouched, where no row has a memory."""
@@ -152,7 +155,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         if logits is None or not packed:  # None: not the rank that gathers
             return logits
         _, memory, slots, lams = unpack(rows, self.width, len(self.towers) + len(self.stores))
-        groups = group(torch.where(lams > 0, slots, 0).cpu(), rows.device)
+        groups = positions_by_slot(torch.where(lams > 0, slots, 0).cpu(), rows.device)
         if not groups:
             return logits
         if len(groups) == 1 and len(groups[0][1]) == len(rows):  # nothing to pick out and put back
@@ -192,10 +195,6 @@ class MemoryDecoderForCausalLM(nn.Module):
         if any(names is None for names in loaded.values()):
             return None
         return {f"{part}.{name}" for part, names in loaded.items() for name in names}
-
-    def process_weights_after_loading(self) -> None:
-        """The last thing vLLM calls when loading: the towers' layers are final now, so the routed view can be laid over them."""
-        self.__dict__["view"] = routed_view([tower or self.towers[0] for tower in self.towers], self.step)
 
 
 def finite(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:

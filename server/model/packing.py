@@ -13,12 +13,15 @@ TAIL = 6
 MAX_SLOT = (1 << 16) - 1
 
 
-def pack(base: Tensor, memory: Tensor, slots: Tensor, lams: Tensor) -> Tensor:
-    """Join [tokens, Hb], [tokens, Hm], slots [tokens] int64 and lams [tokens] float32 into [tokens, Hb + Hm + TAIL]."""
-    lam_bytes = lams.reshape(-1).contiguous().view(torch.uint8).view(-1, 4)
-    slot_bytes = torch.stack([slots & 255, slots >> 8], 1).to(torch.uint8)
-    tail = torch.cat([lam_bytes, slot_bytes], 1).to(base.dtype)
-    return torch.cat([base, memory.to(base.dtype), tail], 1)
+def tail(slots: Tensor, lams: Tensor) -> Tensor:
+    """The last columns, from slots [tokens] int64 and lams [tokens] float32: [tokens, TAIL] uint8."""
+    lam_bytes = lams.contiguous().view(torch.uint8).view(-1, 4)
+    return torch.cat([lam_bytes, torch.stack([slots & 255, slots >> 8], 1).to(torch.uint8)], 1)
+
+
+def pack(base: Tensor, memory: Tensor, last: Tensor) -> Tensor:
+    """Join [tokens, Hb], [tokens, Hm] and a `tail` into [tokens, Hb + Hm + TAIL]."""
+    return torch.cat([base, memory.to(base.dtype), last.to(base.dtype)], 1)
 
 
 def unpack(rows: Tensor, base_width: int, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.utils import device_loading_context
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from server.model.routed import share_attention
+from server.model.attention import share_attention
 from server.routing.domains import DECODER, KNN
 
 

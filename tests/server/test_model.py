@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from server.model.mixing import mix
-from server.model.packing import MAX_SLOT, TAIL, pack, unpack
-from server.model.routing import RowChoice, StepRouting, group
+from server.model.packing import MAX_SLOT, TAIL, pack, tail, unpack
+from server.model.routing import RowChoice, StepRouting, positions_by_slot
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def test_slot_and_lambda_survive_packing_exactly(dtype: torch.dtype) -> None:
     lams = torch.cat([torch.tensor([0.0, 1.0, 0.1, 1e-38, 1 - 2**-24, 1 / 3]), torch.rand(1000)])
     slots = torch.randint(0, MAX_SLOT + 1, (len(lams),))
     base, memory = torch.randn(len(lams), 16).to(dtype), torch.randn(len(lams), 8).to(dtype)
-    rows = pack(base, memory, slots, lams)
+    rows = pack(base, memory, tail(slots, lams))
     assert rows.dtype == dtype
     assert rows.shape == (len(lams), 16 + 8 + TAIL)
     got_base, got_memory, got_slots, got_lams = unpack(rows, 16, MAX_SLOT)
@@ -29,7 +29,7 @@ def test_slot_and_lambda_survive_packing_exactly(dtype: torch.dtype) -> None:
 
 def test_one_row_unpacks() -> None:
     """A single row's strides are not those of many."""
-    rows = pack(torch.ones(3, 4), torch.ones(3, 2), torch.tensor([1, 2, 3]), torch.tensor([0.1, 0.2, 0.3]))
+    rows = pack(torch.ones(3, 4), torch.ones(3, 2), tail(torch.tensor([1, 2, 3]), torch.tensor([0.1, 0.2, 0.3])))
     assert unpack(rows[1:2], 4, 3)[3].item() == pytest.approx(0.2)
 
 
@@ -76,23 +76,21 @@ def test_routing_spreads_requests_over_tokens() -> None:
     routing = StepRouting.of([RowChoice(2, 0.5, 3), RowChoice(0, 0.0, 2), RowChoice(1, 1.0, 1)], 8, CPU)
     assert routing.slots.tolist() == [2, 2, 2, 0, 0, 1, 0, 0]
     assert routing.lams.tolist() == [0.5, 0.5, 0.5, 0, 0, 1, 0, 0]
-    assert [(slot, rows.tolist()) for slot, rows in routing.groups] == [(1, [5]), (2, [0, 1, 2])]
-    assert routing.only is None
+    assert [(g.slot, g.requests.tolist(), g.tokens.tolist()) for g in routing.groups if g.tokens is not None] == [
+        (1, [2], [5]),
+        (2, [0], [0, 1, 2]),
+    ]
 
 
-def test_one_domain_runs_alone_unless_it_is_the_minority() -> None:
-    """Without picking rows in every layer, where that is cheaper."""
-    assert StepRouting.of([RowChoice(3, 0.5, 4), RowChoice(0, 0.0, 2)], 6, CPU).only == 3
-    assert StepRouting.of([RowChoice(3, 0.5, 1), RowChoice(0, 0.0, 2)], 3, CPU).only is None
-    assert StepRouting.of([RowChoice(0, 0.0, 2)], 2, CPU).only is None
+def test_one_domain_takes_the_step_as_it_is() -> None:
+    """No token needs to be picked; padding and requests without a domain make it a part of the step."""
+    assert [g.tokens for g in StepRouting.of([RowChoice(3, 0.5, 4), RowChoice(3, 0.2, 2)], 6, CPU).groups] == [None]
+    assert StepRouting.of([RowChoice(3, 0.5, 4)], 6, CPU).groups[0].tokens is not None
+    assert StepRouting.of([RowChoice(3, 0.5, 4), RowChoice(0, 0.0, 2)], 6, CPU).groups[0].tokens is not None
     assert not StepRouting.of([RowChoice(0, 0.0, 2)], 2, CPU).uses_memory
 
 
-def test_datastores_take_no_part_in_the_towers() -> None:
-    """Slots above the decoders' are left out of their groups; the rows keep them, for the logits."""
-    routing = StepRouting.of([RowChoice(3, 0.5, 2), RowChoice(1, 0.5, 3)], 5, CPU)
-    towers = routing.up_to(2)
-    assert towers.only == 1 and towers.slots.tolist() == [3, 3, 1, 1, 1]
-    assert routing.up_to(3) is routing and routing.uses_memory
-    assert not StepRouting.of([RowChoice(3, 0.5, 2)], 2, CPU).up_to(2).uses_memory
-    assert group(torch.zeros(3, dtype=torch.int64), CPU) == ()
+def test_positions_by_slot() -> None:
+    """Rows without a memory belong to no group."""
+    assert positions_by_slot(torch.zeros(3, dtype=torch.int64), CPU) == ()
+    assert [(slot, rows.tolist()) for slot, rows in positions_by_slot(torch.tensor([2, 0, 1, 2]), CPU)] == [(1, [2]), (2, [0, 3])]

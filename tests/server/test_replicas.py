@@ -50,7 +50,7 @@ def engine_tokens(page: str) -> list[float]:
 def test_two_replicas(replicas: Server, toys: Path) -> None:
     """Each replica answers each domain like Hugging Face, before and after updates; metrics add up over both."""
     torch.set_num_threads(1)
-    base, a, b = (hugging_face(toys / name) for name in ("base", "qwen_a", "qwen_b"))
+    base, a, b = (hugging_face(toys / name, torch.float32) for name in ("base", "qwen_a", "qwen_b"))
     alone, with_a, with_b = (greedy(base, decoder, PROMPT, TOKENS) for decoder in (None, a, b))
     assert alone != with_a != with_b != alone
     with httpx.Client(base_url=replicas.url, timeout=120) as http:
@@ -94,7 +94,7 @@ def test_a_sharded_base(toys: Path, tmp_path: Path) -> None:
             "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20),
         )  # fmt: skip
     try:
-        base, three, more = (hugging_face(path) for path in (toys / "base", tmp_path / "three", tmp_path / "more"))
+        base, three, more = (hugging_face(path, torch.float32) for path in (toys / "base", tmp_path / "three", tmp_path / "more"))
         with httpx.Client(base_url=running.url, timeout=120) as http:
             assert tokens(http, 0) == greedy(base, None, PROMPT, TOKENS)
             assert tokens(http, 0, domain="three") == greedy(base, three, PROMPT, TOKENS)

@@ -1,0 +1,124 @@
+"""Self-speculation: the memory that a request mixes in also drafts its next tokens, from the same weights and the same KV cache.
+
+With a draft sampled from p_mem a token is accepted with probability 1 - (1 - lambda) * TV(p_mem, p_base), which is at least lambda
+(Leviathan et al., arXiv 2211.17192, for the mixture as target). vLLM verifies: greedy answers stay what they are, sampled ones keep
+their distribution.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import override_forward_context
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+
+class DraftingScheduler(Scheduler):
+    """vLLM's scheduler, which also reserves KV-cache slots for the tokens that are being drafted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_lookahead_tokens = self.num_spec_tokens  # vLLM reserves none for a proposer of its users'
+
+
+class MemoryDrafter:
+    """vLLM's proposer of method `custom_class`."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.most: int = vllm_config.num_speculative_tokens
+        self.context: int = vllm_config.model_config.max_model_len
+        self.vocabulary: int = vllm_config.model_config.get_vocab_size()
+
+    def load_model(self, target: Any) -> None:
+        """The composite: its towers draft."""
+        self.model = target
+
+    def attach(self, runner: Any) -> None:
+        """The runner, once its KV cache is set up."""
+        self.runner = runner
+
+    @torch.inference_mode()
+    def propose(
+        self, sampled_token_ids: list[list[int]], num_tokens_no_spec: np.ndarray[Any, Any], token_ids_cpu: np.ndarray[Any, Any], **_: Any
+    ) -> list[list[int]]:
+        """Draft tokens of each request of the batch; none for requests without a decoder.
+
+        `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
+        `num_tokens_no_spec` [requests] count.
+        """
+        lengths = [self._length(row, int(num_tokens_no_spec[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
+        drafts: list[list[int]] = [[] for _ in lengths]
+        by_slot: dict[int, list[int]] = {}
+        for row, length in enumerate(lengths):
+            if length:
+                by_slot.setdefault(self._memory(row)[0], []).append(row)
+        sampling: SamplingMetadata = self.runner.input_batch.sampling_metadata
+        probabilities = None
+        if by_slot and not sampling.all_greedy:
+            probabilities = torch.zeros(len(lengths), max(lengths), self.vocabulary, device=self.runner.device)
+        for slot, rows in by_slot.items():
+            last = num_tokens_no_spec[rows] - 1
+            self._draft(slot, rows, [lengths[r] for r in rows], token_ids_cpu[rows, last], last, sampling, drafts, probabilities)
+        if probabilities is not None:  # what vLLM's runner hands to its rejection sampler in the next step
+            self.runner._draft_probs, self.runner._draft_prob_req_ids = probabilities, self.runner.input_batch.req_ids.copy()
+        return drafts
+
+    def _memory(self, row: int) -> tuple[int, float]:
+        """Slot and lambda of a row's request."""
+        memory: tuple[int, float] = self.runner.requests[self.runner.input_batch.req_ids[row]].memory
+        return memory
+
+    def _length(self, row: int, tokens: int) -> int:
+        """How many tokens to draft for a request that has `tokens`: it takes one more than it accepts."""
+        slot, _ = self._memory(row)
+        if not 0 < slot <= len(self.model.towers):
+            return 0
+        request = self.runner.requests[self.runner.input_batch.req_ids[row]]
+        left = (request.sampling_params.max_tokens or self.context) - len(request.output_token_ids)
+        return max(0, min(self.most, left - 1, self.context - tokens - 1))
+
+    def _draft(
+        self, slot: int, rows: Sequence[int], lengths: Sequence[int], tokens: np.ndarray[Any, Any], positions: np.ndarray[Any, Any],
+        sampling: SamplingMetadata, drafts: list[list[int]], probabilities: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Draft for the rows of one slot, token by token; `drafts` and `probabilities` [requests, drafted, V] are filled in."""
+        tower = self.model.towers[slot - 1]
+        device = self.runner.device
+        requests, ids = torch.tensor(rows), torch.from_numpy(tokens.astype(np.int64))
+        places = torch.from_numpy(positions.astype(np.int64))
+        wanted = torch.tensor(lengths)
+        for number in range(max(lengths)):
+            keep = wanted > number
+            if not bool(keep.all()):
+                requests, ids, places, wanted = requests[keep], ids[keep], places[keep], wanted[keep]
+            with override_forward_context(self.runner.attention.of_next_tokens(requests, places)):
+                hidden = tower(ids.clamp(max=self.model.memory_ids - 1).to(device), places.to(device))
+            logits = tower.compute_logits(hidden)[:, : self.vocabulary].float()
+            chosen = logits.argmax(-1) if probabilities is None else self._sampled(logits, requests, number, sampling, probabilities)
+            ids = chosen.cpu()
+            for row, token in zip(requests.tolist(), ids.tolist(), strict=True):
+                drafts[row].append(token)
+            places = places + 1
+
+    def _sampled(self, logits: Tensor, requests: Tensor, number: int, sampling: SamplingMetadata, probabilities: Tensor) -> Tensor:
+        """Tokens drawn from the memory at each request's temperature; the most likely ones where that is 0. logits [n, V] float32.
+
+        Any distribution is exact as long as the verifier is told; one shaped like the target's is accepted most.
+        """
+        at = requests.to(logits.device)
+        temperature = sampling.temperature.index_select(0, at)  # type: ignore[union-attr]  # there unless all are greedy
+        greedy = logits.argmax(-1)
+        scaled = logits / torch.where(temperature == 0, 1.0, temperature)[:, None]
+        k, p = (None if x is None else x.index_select(0, at) for x in (sampling.top_k, sampling.top_p))
+        likely = apply_top_k_top_p(scaled, k, p).softmax(-1)
+        noise = torch.empty_like(likely).exponential_()
+        for i, row in enumerate(requests.tolist()):
+            if (generator := sampling.generators.get(row)) is not None:
+                noise[i].exponential_(generator=generator)
+        probabilities[at, number, : likely.shape[1]] = likely
+        return torch.where(temperature == 0, greedy, (likely / noise).argmax(-1))

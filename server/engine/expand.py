@@ -1,0 +1,25 @@
+"""A right stand-in for one of vLLM's Triton kernels on CPUs, where sampled speculation needs it.
+
+vLLM 0.32's own casts temperatures and top-p to whole numbers and writes the result into a copy, so that the verifier's target
+distribution is whatever lay in memory.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample import rejection_sampler
+
+KERNEL = "expand_kernel"
+
+
+def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, replace_to: float, *_: Any, **__: Any) -> None:
+    """Write each request's value once for each of its tokens: values [requests], ends [requests] cumulative token counts, output [tokens]."""
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    spread = values.repeat_interleave(counts.long(), output_size=len(output))
+    output.copy_(torch.where(spread == replace_from, replace_to, spread))
+
+
+def install() -> None:
+    """Let vLLM's rejection sampler use it from now on."""
+    getattr(rejection_sampler, KERNEL)._impl = expand

@@ -1,0 +1,26 @@
+"""Attention layers shared by all memory towers, and so one KV cache however many decoders there are.
+
+All decoders have one architecture and shape, and attention layers hold no weights, only their place in the KV cache. So every
+tower uses the first one's. A step's tokens are split by decoder, and each tower runs over its own, as a batch of its own.
+"""
+
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+
+def share_attention(towers: list[nn.Module], registered: dict[str, Any]) -> None:
+    """Make every tower use the first one's attention layers, and take the others' off vLLM's register of KV-cache owners."""
+    shared = {name: m for name, m in towers[0].named_modules() if isinstance(m, AttentionLayerBase)}
+    for tower in towers[1:]:
+        for name, layer in shared.items():
+            parent, _, child = name.rpartition(".")
+            own: Any = tower.get_submodule(name)
+            registered.pop(own.layer_name)
+            setattr(tower.get_submodule(parent), child, layer)
+
+
+def attention_names(tower: nn.Module) -> list[str]:
+    """Names by which a tower's attention layers are known to vLLM."""
+    return [layer.layer_name for layer in tower.modules() if isinstance(layer, AttentionLayerBase)]  # type: ignore[attr-defined]

@@ -27,8 +27,8 @@ TIME_PER_OUTPUT_TOKEN = Histogram(
 GENERATED_TOKENS = Counter("memdec_generated_tokens", "Tokens generated.", LABELS)
 REQUESTS = Counter("memdec_requests", "Requests answered, by HTTP status.", (*LABELS, "status"))
 SHADOWS = Counter("memdec_shadows", "Decoder requests replayed in a baseline mode: done, failed or dropped.", (*LABELS, "outcome"))
-BUILD = Gauge("memdec_build_info", "Versions, as labels of a constant 1.", ("version", "vllm", "torch", "base"))
-DOMAIN = Gauge("memdec_domain_info", "Loaded decoders, as labels of a constant 1.", ("domain", "revision"))
+BUILD = Gauge("memdec_build_info", "Versions, as labels of a constant 1.", ("version", "vllm", "torch", "base"), multiprocess_mode="max")
+DOMAIN = Gauge("memdec_domain_info", "Loaded decoders, as labels of a constant 1.", ("domain", "revision"), multiprocess_mode="max")
 
 
 class StepSeconds(Collector):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Models:
                 "decoders": decoders,
                 "datastores": datastores,
                 "slots": max(self.slots, len(decoders)),
+                "served": {"base": self.domains.base, "domains": [asdict(d) for d in self.domains]},  # for server.engine.endpoint_plugin
             },
         }
 

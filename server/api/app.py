@@ -39,7 +39,7 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
 
     vllm_api.init_exception_handler(app)
     app.exception_handler(HTTPException)(vllm_api.http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form
-    app.exception_handler(MemdecError)(_error_response)
+    app.exception_handler(MemdecError)(error_response)
 
     keys = [key for key in args.api_key or [] if key]
     app.add_middleware(FreshStepTimes, engine=engine)
@@ -65,7 +65,8 @@ def _publish(state: Any, domains: Domains) -> None:
     paths[:] = [vllm_api.BaseModelPath(name=name, model_path=paths[0].model_path) for name in domains.models]
 
 
-async def _error_response(_: Request, error: Exception) -> JSONResponse:
+async def error_response(_: Request, error: Exception) -> JSONResponse:
+    """One of our errors as an answer."""
     if not isinstance(error, MemdecError):  # what Starlette's signature allows, but never calls us with
         raise error
     return JSONResponse(error.to_body(), status_code=error.status)

@@ -66,6 +66,10 @@ class MemoryEngine(AsyncLLM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.equip()
+
+    def equip(self) -> None:
+        """What an AsyncLLM lacks: names, slots and metrics of its memories."""
         composite = getattr(self.vllm_config.model_config.hf_config, "memory_decoder", {"decoders": []})
         self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
         self.slots: dict[str, int] = {name: slot for slot, name in enumerate(self.revisions, 1)}

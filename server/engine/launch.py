@@ -1,7 +1,9 @@
 """`memdec serve`: command line -> checked models -> engine -> HTTP server -> exit code."""
 
 import asyncio
+import json
 import os
+import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -43,6 +45,9 @@ def serve(argv: list[str]) -> int:
     if updates is not None:
         models = replace(models, slots=updates.slots)
     configure(args, models)
+    if args.print_vllm:
+        print(vllm_command(args, argv))
+        return 0
     import uvloop
 
     code: int = uvloop.run(_serve(args, models, updates))
@@ -126,6 +131,7 @@ def _options(parser: Parser) -> Parser:
         metavar="K",
         help="most tokens that a request's memory drafts ahead in a step (default: 0, none)",
     )
+    ours.add_argument("--print-vllm", action="store_true", help="print the command that serves the same with vLLM's own launcher, and exit")
     ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
     return parser
 
@@ -193,6 +199,30 @@ def _speculate(args: Namespace, models: Models) -> None:
         "num_speculative_tokens": args.speculate,
     }
     args.scheduler_cls = "server.engine.drafter.DraftingScheduler"
+
+
+def vllm_command(args: Namespace, argv: list[str]) -> str:
+    """`vllm serve` with the same models, and our routes as its plugin: for --api-server-count, and for charts that start vLLM themselves."""
+    if not args.hf_overrides or args.enable_domain_updates or args.baseline_sample_rate:
+        raise StartupError("--print-vllm: wanted at least one --decoder, and neither --enable-domain-updates nor --baseline-sample-rate")
+    _, theirs = _options(ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
+    theirs.remove(args.model_tag)
+    options: dict[str, Any] = {
+        "--max-model-len": args.max_model_len,
+        "--hf-overrides": json.dumps(args.hf_overrides),
+        "--worker-cls": args.worker_cls,
+        "--structured-outputs-config.backend": args.structured_outputs_config.backend,
+        "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,
+        "--speculative-config": json.dumps(args.speculative_config) if args.speculate else None,
+        "--scheduler-cls": args.scheduler_cls if args.speculate else None,
+    }
+    added = [
+        word for option, value in options.items() if value is not None and option not in args.explicit for word in (option, str(value))
+    ]
+    if torch.cuda.is_available():
+        added += ["--compilation-config.cudagraph_mode", args.compilation_config.cudagraph_mode.name]
+    command = ["vllm", "serve", args.model, *theirs, "--served-model-name", *args.served_model_name, *added]
+    return f"VLLM_PLUGINS=memdec,memdec_routes VLLM_USE_V2_MODEL_RUNNER=0 {shlex.join(command)}"
 
 
 def require_supported(models: Models) -> None:

@@ -1,6 +1,6 @@
 """The domains a server offers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +45,12 @@ class Domain:
     perplexity: dict[str, Any]
     """Measured test perplexities beside this base; empty if never measured."""
     datastore: Datastore | None = None
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "Domain":
+        """From what `dataclasses.asdict` made of one."""
+        store = told["datastore"]
+        return cls(**{**told, "datastore": Datastore(**store) if store is not None else None})
 
     @property
     def modes(self) -> tuple[str, ...]:

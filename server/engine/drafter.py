@@ -6,6 +6,7 @@ their distribution.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,30 @@ class DraftingScheduler(Scheduler):
         self.num_lookahead_tokens = self.num_spec_tokens  # vLLM reserves none for a proposer of its users'
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Tokens that a request's decoder has seen while drafting; their keys and values are in the cache."""
+
+    position: int
+    """Of the first one."""
+    tokens: list[int]
+    hidden: Tensor
+    """The decoder's hidden states, [tokens or more, H_memory]."""
+
+
 class MemoryDrafter:
-    """vLLM's proposer of method `custom_class`."""
+    """vLLM's proposer of method `custom_class`.
+
+    What it drafts from is the composite's own towers and their KV cache, so when a draft is verified its memory need not run again.
+    """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.most: int = vllm_config.num_speculative_tokens
+        self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.context: int = vllm_config.model_config.max_model_len
         self.vocabulary: int = vllm_config.model_config.get_vocab_size()
+        self.seen: dict[str, Seen] = {}
+        """By request; of the last step alone, since blocks of the KV cache may be taken from requests that sit a step out."""
 
     def load_model(self, target: Any) -> None:
         """The composite: its towers draft."""
@@ -51,6 +69,7 @@ class MemoryDrafter:
         `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
         `num_tokens_no_spec` [requests] count.
         """
+        self.seen = {}
         lengths = [self._length(row, int(num_tokens_no_spec[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
         drafts: list[list[int]] = [[] for _ in lengths]
         by_slot: dict[int, list[int]] = {}
@@ -67,6 +86,16 @@ class MemoryDrafter:
         if probabilities is not None:  # what vLLM's runner hands to its rejection sampler in the next step
             self.runner._draft_probs, self.runner._draft_prob_req_ids = probabilities, self.runner.input_batch.req_ids.copy()
         return drafts
+
+    def known(self, request: str, position: int, tokens: list[int]) -> Tensor | None:
+        """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]; None if none was."""
+        seen = self.seen.get(request)
+        if seen is None or seen.position != position:
+            return None
+        same = 0
+        while same < min(len(tokens), len(seen.tokens)) and tokens[same] == seen.tokens[same]:
+            same += 1
+        return seen.hidden[:same]
 
     def _memory(self, row: int) -> tuple[int, float]:
         """Slot and lambda of a row's request."""
@@ -91,19 +120,24 @@ class MemoryDrafter:
         device = self.runner.device
         requests, ids = torch.tensor(rows), torch.from_numpy(tokens.astype(np.int64))
         places = torch.from_numpy(positions.astype(np.int64))
-        wanted = torch.tensor(lengths)
+        wanted, local = torch.tensor(lengths), torch.arange(len(rows))
+        states = torch.empty(len(rows), max(lengths), self.model.memory_width, dtype=self.dtype, device=device)
         for number in range(max(lengths)):
             keep = wanted > number
             if not bool(keep.all()):
-                requests, ids, places, wanted = requests[keep], ids[keep], places[keep], wanted[keep]
+                requests, ids, places, wanted, local = requests[keep], ids[keep], places[keep], wanted[keep], local[keep]
             with override_forward_context(self.runner.attention.of_next_tokens(requests, places)):
                 hidden = tower(ids.clamp(max=self.model.memory_ids - 1).to(device), places.to(device))
+            states[local, number] = hidden
             logits = tower.compute_logits(hidden)[:, : self.vocabulary].float()
             chosen = logits.argmax(-1) if probabilities is None else self._sampled(logits, requests, number, sampling, probabilities)
             ids = chosen.cpu()
             for row, token in zip(requests.tolist(), ids.tolist(), strict=True):
                 drafts[row].append(token)
             places = places + 1
+        for i, row in enumerate(rows):
+            seen = Seen(int(positions[i]), [int(tokens[i]), *drafts[row][:-1]], states[i])
+            self.seen[self.runner.input_batch.req_ids[row]] = seen
 
     def _sampled(self, logits: Tensor, requests: Tensor, number: int, sampling: SamplingMetadata, probabilities: Tensor) -> Tensor:
         """Tokens drawn from the memory at each request's temperature; the most likely ones where that is 0. logits [n, V] float32.

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
+from vllm.compilation.backends import set_model_tag
 from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.platforms import current_platform
 
 from decoders.retrieval import RetrievalPackage
 from server.model.attention import share_attention
@@ -46,26 +48,31 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
-        self.towers = nn.ModuleList(
-            # vLLM reads the layer number off the only integer between dots.
-            init_vllm_registered_model(beside, prefix=maybe_prefix(prefix, f"memory_{i}"), hf_config=memory_config)
-            for i in range(len(self.paths))
-        )
+        self.towers = nn.ModuleList(self._tower(beside, memory_config, maybe_prefix(prefix, f"memory_{i}")) for i in range(len(self.paths)))
         share_attention(list(self.towers), vllm_config.compilation_config.static_forward_context)
         self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
         self.times = StepTimes()
 
     @staticmethod
-    def _tower_config(vllm_config: VllmConfig, memory_config: PreTrainedConfig) -> VllmConfig:
-        """The engine's config for the towers: run eagerly, not quantised, with the decoders' own sliding window or none.
+    def _tower(beside: VllmConfig, memory_config: PreTrainedConfig, name: str) -> nn.Module:
+        """A decoder's model under a name of its own, for its layers (vLLM reads their number off the only integer between dots) and its
+        compiled code.
+        """
+        with set_model_tag(name):
+            tower: nn.Module = init_vllm_registered_model(beside, prefix=name, hf_config=memory_config)
+        return tower
 
-        vLLM compiles a model once and drops the guards, so what is routed by Python values must not be compiled. The copies are
-        shallow: the register of attention layers stays the engine's own.
+    @staticmethod
+    def _tower_config(vllm_config: VllmConfig, memory_config: PreTrainedConfig) -> VllmConfig:
+        """The engine's config for the towers: not quantised, with the decoders' own sliding window or none.
+
+        The copies are shallow: the register of attention layers stays the engine's own.
         """
         beside = copy.copy(vllm_config)
         beside.compilation_config = copy.copy(vllm_config.compilation_config)
-        beside.compilation_config.mode = CompilationMode.NONE
-        beside.compilation_config.custom_ops = ["all"]
+        if not current_platform.is_cpu():  # not tried
+            beside.compilation_config.mode = CompilationMode.NONE
+            beside.compilation_config.custom_ops = ["all"]
         beside.quant_config = None
         # Attention layers that aren't told otherwise take the window from here, where vLLM has put the base's.
         beside.cache_config = copy.copy(vllm_config.cache_config)
@@ -88,11 +95,13 @@ class MemoryDecoderForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         routing: StepRouting | None = None,
         attention: Mapping[int, Any] | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """Packed rows [tokens, H_base + H_memory + TAIL] (see server.model.packing); [tokens, H_base] where no request has a memory.
 
         `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0. `attention`
-        maps each decoder's slot to the forward context of its requests alone, where they aren't all there are.
+        maps each decoder's slot to the forward context of its tokens alone, where they aren't all there are. `known` are the decoders'
+        hidden states of the tokens that need not run again, [routing.known, H_memory].
         """
         with self.times.part("base", positions.device):
             hidden: Tensor = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
@@ -103,6 +112,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         if decoded := [group for group in routing.groups if group.slot <= len(self.towers)]:
             with self.times.part("memory", positions.device):
                 memory = self._memory(input_ids, positions, hidden, decoded, attention or {})
+            if known is not None:
+                memory.index_copy_(0, routing.known, known)
         else:  # datastores need no tower
             memory = hidden.new_zeros(len(hidden), self.memory_width)
         return pack(hidden, memory, routing.tail)
@@ -120,6 +131,8 @@ class MemoryDecoderForCausalLM(nn.Module):
             if group.tokens is None:
                 whole: Tensor = tower(input_ids, positions)
                 return whole
+            if not len(group.tokens):  # all are known
+                continue
             with override_forward_context(attention[group.slot]):
                 own: Tensor = tower(input_ids.index_select(0, group.tokens), positions.index_select(0, group.tokens))
             memory.index_copy_(0, group.tokens, own)

@@ -64,6 +64,8 @@ class MemoryEngine(AsyncLLM):
         super().__init__(*args, **kwargs)
         composite = getattr(self.vllm_config.model_config.hf_config, "memory_decoder", {"decoders": []})
         self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
+        # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
+        self.input_processor.speculative_config = None
         self.finders: dict[str, PassageFinder] = {}
         """The passages of each domain that has some."""
         # The output loop holds on to this object, so it can't be replaced by another.

@@ -5,6 +5,7 @@ With a draft sampled from p_mem a token is accepted with probability 1 - (1 - la
 their distribution.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from vllm.forward_context import override_forward_context
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+from server.engine.draft_length import DraftLengths
 
 
 class DraftingScheduler(Scheduler):
@@ -44,6 +47,8 @@ class MemoryDrafter:
     What it drafts from is the composite's own towers and their KV cache, so when a draft is verified its memory need not run again.
     """
 
+    adaptive = True
+
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.most: int = vllm_config.num_speculative_tokens
         self.dtype: torch.dtype = vllm_config.model_config.dtype
@@ -51,10 +56,14 @@ class MemoryDrafter:
         self.vocabulary: int = vllm_config.model_config.get_vocab_size()
         self.seen: dict[str, Seen] = {}
         """By request; of the last step alone, since blocks of the KV cache may be taken from requests that sit a step out."""
+        self.ended = 0.0
+        """When the last drafting was done; 0: the step after it can't be timed."""
 
     def load_model(self, target: Any) -> None:
         """The composite: its towers draft."""
         self.model = target
+        sizes = [sum(p.nbytes for p in part.parameters()) for part in (target.base, target.towers[0])]
+        self.lengths = DraftLengths(self.most, sizes[1] / sum(sizes))
 
     def attach(self, runner: Any) -> None:
         """The runner, once its KV cache is set up."""
@@ -69,13 +78,15 @@ class MemoryDrafter:
         `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
         `num_tokens_no_spec` [requests] count.
         """
+        self._learn(sampled_token_ids)
+        started = time.perf_counter()
         self.seen = {}
-        lengths = [self._length(row, int(num_tokens_no_spec[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
+        lengths = self._lengths(sampled_token_ids, num_tokens_no_spec)
         drafts: list[list[int]] = [[] for _ in lengths]
         by_slot: dict[int, list[int]] = {}
         for row, length in enumerate(lengths):
             if length:
-                by_slot.setdefault(self._memory(row)[0], []).append(row)
+                by_slot.setdefault(self._request(row).memory[0], []).append(row)
         sampling: SamplingMetadata = self.runner.input_batch.sampling_metadata
         probabilities = None
         if by_slot and not sampling.all_greedy:
@@ -85,7 +96,23 @@ class MemoryDrafter:
             self._draft(slot, rows, [lengths[r] for r in rows], token_ids_cpu[rows, last], last, sampling, drafts, probabilities)
         if probabilities is not None:  # what vLLM's runner hands to its rejection sampler in the next step
             self.runner._draft_probs, self.runner._draft_prob_req_ids = probabilities, self.runner.input_batch.req_ids.copy()
+        self.ended = time.perf_counter()
+        if by_slot:
+            self.lengths.drafted((self.ended - started) / max(lengths))
         return drafts
+
+    def _learn(self, sampled_token_ids: list[list[int]]) -> None:
+        """What the step that has just run says of acceptance, and of its own cost."""
+        runner = self.runner
+        ids: list[str] = runner.input_batch.req_ids
+        counts = np.diff(runner.query_start_loc.np[: len(ids) + 1])
+        for name, new, count in zip(ids, sampled_token_ids, counts.tolist(), strict=True):
+            if new and count > 1 and name in self.seen:
+                self.lengths.verified(name, count - 1, len(new) - 1)
+        # Nothing was waited for if a request was here before, and prompts cost what drafts never will.
+        if self.ended and counts.max() <= self.most + 1 and any(name in self.lengths.requests for name in ids):
+            self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
+        self.lengths.keep(set(ids))
 
     def known(self, request: str, position: int, tokens: list[int]) -> Tensor | None:
         """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]; None if none was."""
@@ -97,18 +124,28 @@ class MemoryDrafter:
             same += 1
         return seen.hidden[:same]
 
-    def _memory(self, row: int) -> tuple[int, float]:
-        """Slot and lambda of a row's request."""
-        memory: tuple[int, float] = self.runner.requests[self.runner.input_batch.req_ids[row]].memory
-        return memory
+    def _request(self, row: int) -> Any:
+        """The runner's state of a row's request."""
+        return self.runner.requests[self.runner.input_batch.req_ids[row]]
 
-    def _length(self, row: int, tokens: int) -> int:
-        """How many tokens to draft for a request that has `tokens`: it takes one more than it accepts."""
-        slot, _ = self._memory(row)
-        if not 0 < slot <= len(self.model.towers):
-            return 0
-        request = self.runner.requests[self.runner.input_batch.req_ids[row]]
-        left = (request.sampling_params.max_tokens or self.context) - len(request.output_token_ids)
+    def _lengths(self, sampled_token_ids: list[list[int]], tokens: np.ndarray[Any, Any]) -> list[int]:
+        """How many tokens to draft for each request."""
+        limits = [self._limit(self._request(row), int(tokens[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
+        drafting = sum(limit > 0 for limit in limits)
+        return [min(limit, self._wanted(row, len(limits) - drafting, drafting)) if limit else 0 for row, limit in enumerate(limits)]
+
+    def _wanted(self, row: int, others: int, drafting: int) -> int:
+        """The best length by what is known of the request; always the same for one with a seed, whose answer is to repeat."""
+        if not self.adaptive or row in self.runner.input_batch.generators:
+            return self.most
+        return self.lengths.choose(self.runner.input_batch.req_ids[row], others, drafting)
+
+    def _limit(self, request: Any, tokens: int) -> int:
+        """The most that can be drafted for a request that has `tokens`: it takes one more than it accepts."""
+        params = request.sampling_params
+        if not 0 < request.memory[0] <= len(self.model.towers) or params.min_p or params.logit_bias:
+            return 0  # the last two are nothing that vLLM's verifier knows
+        left = (params.max_tokens or self.context) - len(request.output_token_ids)
         return max(0, min(self.most, left - 1, self.context - tokens - 1))
 
     def _draft(
@@ -156,3 +193,9 @@ class MemoryDrafter:
                 noise[i].exponential_(generator=generator)
         probabilities[at, number, : likely.shape[1]] = likely
         return torch.where(temperature == 0, greedy, (likely / noise).argmax(-1))
+
+
+class FixedDrafter(MemoryDrafter):
+    """Always drafts as many tokens as it may: for tests, and for measuring what adapting is worth."""
+
+    adaptive = False

@@ -27,7 +27,8 @@ UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's cla
     "takes images or sound": "supports_multimodal",
     "is a pooling model": "is_pooling_model",
 }
-MOST_DRAFTED = 16
+MOST_DRAFTED = 16  # tokens
+DRAFTED_ON_CPU = 6
 Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
@@ -158,6 +159,8 @@ def configure(args: Namespace, models: Models) -> None:
 
 def _speculate(args: Namespace, models: Models) -> None:
     """Turn `--speculate K` into vLLM's configuration of a drafter."""
+    if args.speculate is None:
+        args.speculate = 0 if torch.cuda.is_available() or args.async_scheduling else DRAFTED_ON_CPU
     if not 0 <= args.speculate <= MOST_DRAFTED:
         raise StartupError(f"--speculate {args.speculate}: wanted a number of tokens from 0 to {MOST_DRAFTED}")
     if not args.speculate or not models.domains.all:

@@ -4,12 +4,16 @@ vLLM documents `_model_forward` as the method to override for that. The workers 
 which is the only seam there is.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -31,6 +35,15 @@ class RoutesSteps:
     attention: MemoryAttention
     last: tuple[tuple[list[RowChoice], int], StepRouting] | None = None
     """The step before: decoding steps are mostly routed alike."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        if vllm_config.speculative_config is not None:
+            # vLLM leaves min_p and logit_bias out, which its verifier doesn't know: here their requests draft nothing instead.
+            plain = copy.copy(vllm_config)
+            plain.speculative_config = None
+            runner: Any = self
+            runner.input_batch.logitsprocs = build_logitsprocs(plain, device, PIN_MEMORY, False)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Also find the towers' attention layers in the KV cache."""

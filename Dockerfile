@@ -25,9 +25,9 @@ RUN python -m venv /venv \
 FROM ${BASE} AS packages-cuda
 ENV PATH=/venv/bin:$PATH
 WORKDIR /packages
-COPY requirements/cuda.txt ./
+COPY requirements/cuda.txt requirements/cuda.lock ./
 RUN python -m venv /venv \
- && pip install --no-cache-dir -r cuda.txt \
+ && pip install --no-cache-dir -c cuda.lock -r cuda.txt \
  && pip uninstall --yes pip
 
 # memdec itself, in a tree of its own that is laid over either: a change of code changes a small layer.

@@ -195,3 +195,16 @@ def test_prometheus_finds_the_pods() -> None:
         "__meta_kubernetes_pod_container_port_name": container(objects)["ports"][0]["name"],
     }
     assert {r["target_label"] for r in rules if "target_label" in r} == {"namespace", "pod"}
+
+
+def test_the_page_names_what_is_there() -> None:
+    """Overlays, components and files in the commands and tables of docs/deploy.md."""
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    for path in re.findall(r"(?:-k |-f |=)(deploy/\S+)", page):
+        assert (ROOT / path).exists(), path
+    assert set(re.findall(r"`(decoders-\w+|api-key)`", page)) == set(COMPONENTS) == {p.name for p in (MANIFESTS / "components").iterdir()}
+    assert (
+        set(re.findall(r"kubernetes/(overlays/\S+)", page))
+        == set(FORMS) - {"base"}
+        == {f"overlays/{p.name}" for p in (MANIFESTS / "overlays").iterdir()}
+    )

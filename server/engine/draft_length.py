@@ -1,10 +1,13 @@
 """How many tokens to draft: what a step would bring, by each request's own acceptance, over what it would take, as measured."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log
 
 ACCEPTED, TRIED = 3.0, 4.0  # what a request is taken to have seen before its first draft
 KEPT = 0.9  # of a request's evidence, from step to step: text changes
 FADING = 0.98  # of the measured costs
+SIZES = 25.0  # tokens^2: how much sizes must vary before their cost is believed
 PROBE = 16  # steps after which a request that drafts nothing tries one token, to learn whether it still should
 
 
@@ -25,7 +28,7 @@ class Acceptance:
     @property
     def rate(self) -> float:
         """Probability that a drafted token is accepted, if those before it were."""
-        return min(self.accepted / self.tried, 0.98)
+        return min(max(self.accepted / self.tried, 0.01), 0.98)
 
 
 @dataclass
@@ -42,15 +45,21 @@ class StepCost:
         for i, value in enumerate((1.0, tokens, tokens * tokens, seconds, tokens * seconds)):
             self.sums[i] = FADING * self.sums[i] + value
 
-    def of(self, tokens: int) -> float:
-        """Expected seconds. Before sizes have varied, a further token is taken to cost a fiftieth of a step."""
+    @property
+    def slope(self) -> float:
+        """Expected seconds for a further token; taken to be a fiftieth of a step until sizes have varied enough to tell."""
         count, x, xx, y, xy = self.sums
         if not count:
-            return 1.0 + 0.02 * tokens
-        mean, spread = x / count, xx / count - (x / count) ** 2
-        height = y / count
-        slope = max(0.0, (xy / count - mean * height) / spread) if spread > 0.5 else 0.02 * height
-        return max(height + slope * (tokens - mean), 0.2 * height)
+            return 0.02
+        mean, height = x / count, y / count
+        return max(0.0, (xy / count - mean * height + SIZES * 0.02 * height) / (xx / count - mean * mean + SIZES))
+
+    def of(self, tokens: int) -> float:
+        """Expected seconds."""
+        count, x, _, y, _ = self.sums
+        if not count:
+            return 1.0 + self.slope * tokens
+        return max(y / count + self.slope * (tokens - x / count), 0.2 * y / count)
 
 
 class DraftLengths:
@@ -77,22 +86,30 @@ class DraftLengths:
         """Forget all but these."""
         self.requests = {name: seen for name, seen in self.requests.items() if name in requests}
 
-    def choose(self, request: str, others: int, drafting: int) -> int:
-        """Tokens to draft for a request, where `drafting` requests draft as many, and a step has `others` tokens besides.
+    def choose(self, requests: Sequence[str], others: int) -> list[int]:
+        """Tokens to draft for each of these requests, in a step that has `others` tokens besides.
 
-        The number k that brings the most tokens a second: (1 - a^(k+1)) / (1 - a) expected tokens (arXiv 2211.17192, eq. 1) over the
-        step's and k drafts' time.
+        The number k that brings the most tokens a second: (1 - a^(k+1)) / (1 - a) expected tokens of each (arXiv 2211.17192, eq. 1) over
+        the time of the step and of k drafts, which all share. Who is accepted less than others stops where a token is not worth its
+        place in the step.
         """
-        seen = self.requests.setdefault(request, Acceptance())
-        best, most = 0, 0.0
-        expected = 0.0
-        draft = self.draft or self.share * self.step.of(others + drafting)
+        rates = [self.requests.setdefault(name, Acceptance()).rate for name in requests]
+        draft = self.draft or self.share * self.step.of(others + len(rates))
+        best, fastest, expected, chances = 0, 0.0, 0.0, [1.0] * len(rates)
         for k in range(self.most + 1):
-            expected += seen.rate**k
-            speed = expected / (self.step.of(others + drafting * (k + 1)) + k * draft)
-            if speed > most:
-                best, most = k, speed
-        seen.idle = 0 if best else seen.idle + 1
-        if seen.idle > PROBE:
-            seen.idle, best = 0, min(1, self.most)
-        return best
+            expected += sum(chances)
+            speed = expected / (self.step.of(others + len(rates) * (k + 1)) + k * draft)
+            if speed > fastest:
+                best, fastest = k, speed
+            chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
+        worth = self.step.slope * fastest
+        lengths = [best if not best or rate**best >= worth else int(log(worth) / log(rate)) for rate in rates]
+        return [self._probed(self.requests[name], length) for name, length in zip(requests, lengths, strict=True)]
+
+    def _probed(self, seen: Acceptance, length: int) -> int:
+        """One token instead of none, now and then."""
+        seen.idle = 0 if length else seen.idle + 1
+        if seen.idle <= PROBE:
+            return length
+        seen.idle = 0
+        return min(1, self.most)

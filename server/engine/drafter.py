@@ -129,16 +129,14 @@ class MemoryDrafter:
         return self.runner.requests[self.runner.input_batch.req_ids[row]]
 
     def _lengths(self, sampled_token_ids: list[list[int]], tokens: np.ndarray[Any, Any]) -> list[int]:
-        """How many tokens to draft for each request."""
+        """How many tokens to draft for each request: what is best by what is known, but always as many for one with a seed, which repeats."""
+        batch = self.runner.input_batch
         limits = [self._limit(self._request(row), int(tokens[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
-        drafting = sum(limit > 0 for limit in limits)
-        return [min(limit, self._wanted(row, len(limits) - drafting, drafting)) if limit else 0 for row, limit in enumerate(limits)]
-
-    def _wanted(self, row: int, others: int, drafting: int) -> int:
-        """The best length by what is known of the request; always the same for one with a seed, whose answer is to repeat."""
-        if not self.adaptive or row in self.runner.input_batch.generators:
-            return self.most
-        return self.lengths.choose(self.runner.input_batch.req_ids[row], others, drafting)
+        asked = [row for row, limit in enumerate(limits) if limit and self.adaptive and row not in batch.generators]
+        chosen = self.lengths.choose([batch.req_ids[row] for row in asked], len(limits) - len(asked)) if asked else []
+        for row, length in zip(asked, chosen, strict=True):
+            limits[row] = min(limits[row], length)
+        return limits
 
     def _limit(self, request: Any, tokens: int) -> int:
         """The most that can be drafted for a request that has `tokens`: it takes one more than it accepts."""

@@ -19,7 +19,10 @@ NO_LABEL = (NONE, NONE)  # mode and domain of requests that named no domain
 
 TIME_TO_FIRST_TOKEN = Histogram("memdec_time_to_first_token_seconds", "Arrival to first token.", LABELS, buckets=BUCKETS)
 INTER_TOKEN_LATENCY = Histogram(
-    "memdec_inter_token_latency_seconds", "Time between a request's consecutive engine outputs.", LABELS, buckets=BUCKETS
+    "memdec_inter_token_latency_seconds",
+    "Time between a request's consecutive engine outputs, shared by the tokens of each.",
+    LABELS,
+    buckets=BUCKETS,
 )
 TIME_PER_OUTPUT_TOKEN = Histogram(
     "memdec_time_per_output_token_seconds", "A request's mean time per token after the first.", LABELS, buckets=BUCKETS
@@ -72,8 +75,15 @@ class Timings:
             self.count[label] = GENERATED_TOKENS.labels(*label)
 
     def tokens(self, label: Label, count: int, seconds: float, first: bool) -> None:
-        """Count `count` new tokens that came `seconds` after the arrival (first) or after the previous ones."""
-        (self.first if first else self.next)[label].observe(seconds)
+        """Count `count` new tokens that came `seconds` after the arrival (first) or after the previous ones.
+
+        Tokens that come together share the time: what is compared between modes is the time per token.
+        """
+        if first:
+            self.first[label].observe(seconds)
+        else:
+            for _ in range(count):
+                self.next[label].observe(seconds / count)
         self.count[label].inc(count)
 
     def finished(self, label: Label, seconds: float) -> None:

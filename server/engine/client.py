@@ -77,6 +77,8 @@ class MemoryEngine(AsyncLLM):
         self.has_memories = bool(self.revisions)
         self.admitting: Counter[int] = Counter()
         """Requests on their way into the engine, by slot."""
+        # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
+        self.input_processor.speculative_config = None
         self.finders: dict[str, PassageFinder] = {}
         """The passages of each domain that has some."""
         # The output loop holds on to this object, so it can't be replaced by another.

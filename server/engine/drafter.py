@@ -5,7 +5,9 @@ With a draft sampled from p_mem a token is accepted with probability 1 - (1 - la
 their distribution.
 """
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from server.engine.draft_length import DraftLengths
+
 
 class DraftingScheduler(Scheduler):
     """vLLM's scheduler, which also reserves KV-cache slots for the tokens that are being drafted."""
@@ -26,17 +30,40 @@ class DraftingScheduler(Scheduler):
         self.num_lookahead_tokens = self.num_spec_tokens  # vLLM reserves none for a proposer of its users'
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Tokens that a request's decoder has seen while drafting; their keys and values are in the cache."""
+
+    position: int
+    """Of the first one."""
+    tokens: list[int]
+    hidden: Tensor
+    """The decoder's hidden states, [tokens or more, H_memory]."""
+
+
 class MemoryDrafter:
-    """vLLM's proposer of method `custom_class`."""
+    """vLLM's proposer of method `custom_class`.
+
+    What it drafts from is the composite's own towers and their KV cache, so when a draft is verified its memory need not run again.
+    """
+
+    adaptive = True
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.most: int = vllm_config.num_speculative_tokens
+        self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.context: int = vllm_config.model_config.max_model_len
         self.vocabulary: int = vllm_config.model_config.get_vocab_size()
+        self.seen: dict[str, Seen] = {}
+        """By request; of the last step alone, since blocks of the KV cache may be taken from requests that sit a step out."""
+        self.ended = 0.0
+        """When the last drafting was done; 0: the step after it can't be timed."""
 
     def load_model(self, target: Any) -> None:
         """The composite: its towers draft."""
         self.model = target
+        sizes = [sum(p.nbytes for p in part.parameters()) for part in (target.base, target.towers[0])]
+        self.lengths = DraftLengths(self.most, sizes[1] / sum(sizes))
 
     def attach(self, runner: Any) -> None:
         """The runner, once its KV cache is set up."""
@@ -51,12 +78,15 @@ class MemoryDrafter:
         `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
         `num_tokens_no_spec` [requests] count.
         """
-        lengths = [self._length(row, int(num_tokens_no_spec[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
+        self._learn(sampled_token_ids)
+        started = time.perf_counter()
+        self.seen = {}
+        lengths = self._lengths(sampled_token_ids, num_tokens_no_spec)
         drafts: list[list[int]] = [[] for _ in lengths]
         by_slot: dict[int, list[int]] = {}
         for row, length in enumerate(lengths):
             if length:
-                by_slot.setdefault(self._memory(row)[0], []).append(row)
+                by_slot.setdefault(self._request(row).memory[0], []).append(row)
         sampling: SamplingMetadata = self.runner.input_batch.sampling_metadata
         probabilities = None
         if by_slot and not sampling.all_greedy:
@@ -66,20 +96,54 @@ class MemoryDrafter:
             self._draft(slot, rows, [lengths[r] for r in rows], token_ids_cpu[rows, last], last, sampling, drafts, probabilities)
         if probabilities is not None:  # what vLLM's runner hands to its rejection sampler in the next step
             self.runner._draft_probs, self.runner._draft_prob_req_ids = probabilities, self.runner.input_batch.req_ids.copy()
+        self.ended = time.perf_counter()
+        if by_slot:
+            self.lengths.drafted((self.ended - started) / max(lengths))
         return drafts
 
-    def _memory(self, row: int) -> tuple[int, float]:
-        """Slot and lambda of a row's request."""
-        memory: tuple[int, float] = self.runner.requests[self.runner.input_batch.req_ids[row]].memory
-        return memory
+    def _learn(self, sampled_token_ids: list[list[int]]) -> None:
+        """What the step that has just run says of acceptance, and of its own cost."""
+        runner = self.runner
+        ids: list[str] = runner.input_batch.req_ids
+        counts = np.diff(runner.query_start_loc.np[: len(ids) + 1])
+        for name, new, count in zip(ids, sampled_token_ids, counts.tolist(), strict=True):
+            if new and count > 1 and name in self.seen:
+                self.lengths.verified(name, count - 1, len(new) - 1)
+        # Nothing was waited for if a request was here before, and prompts cost what drafts never will.
+        if self.ended and counts.max() <= self.most + 1 and any(name in self.lengths.requests for name in ids):
+            self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
+        self.lengths.keep(set(ids))
 
-    def _length(self, row: int, tokens: int) -> int:
-        """How many tokens to draft for a request that has `tokens`: it takes one more than it accepts."""
-        slot, _ = self._memory(row)
-        if not 0 < slot <= len(self.model.towers):
-            return 0
-        request = self.runner.requests[self.runner.input_batch.req_ids[row]]
-        left = (request.sampling_params.max_tokens or self.context) - len(request.output_token_ids)
+    def known(self, request: str, position: int, tokens: list[int]) -> Tensor | None:
+        """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]; None if none was."""
+        seen = self.seen.get(request)
+        if seen is None or seen.position != position:
+            return None
+        same = 0
+        while same < min(len(tokens), len(seen.tokens)) and tokens[same] == seen.tokens[same]:
+            same += 1
+        return seen.hidden[:same]
+
+    def _request(self, row: int) -> Any:
+        """The runner's state of a row's request."""
+        return self.runner.requests[self.runner.input_batch.req_ids[row]]
+
+    def _lengths(self, sampled_token_ids: list[list[int]], tokens: np.ndarray[Any, Any]) -> list[int]:
+        """How many tokens to draft for each request: what is best by what is known, but always as many for one with a seed, which repeats."""
+        batch = self.runner.input_batch
+        limits = [self._limit(self._request(row), int(tokens[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
+        asked = [row for row, limit in enumerate(limits) if limit and self.adaptive and row not in batch.generators]
+        chosen = self.lengths.choose([batch.req_ids[row] for row in asked], len(limits) - len(asked)) if asked else []
+        for row, length in zip(asked, chosen, strict=True):
+            limits[row] = min(limits[row], length)
+        return limits
+
+    def _limit(self, request: Any, tokens: int) -> int:
+        """The most that can be drafted for a request that has `tokens`: it takes one more than it accepts."""
+        params = request.sampling_params
+        if not 0 < request.memory[0] <= len(self.model.towers) or params.min_p or params.logit_bias:
+            return 0  # the last two are nothing that vLLM's verifier knows
+        left = (params.max_tokens or self.context) - len(request.output_token_ids)
         return max(0, min(self.most, left - 1, self.context - tokens - 1))
 
     def _draft(
@@ -91,19 +155,24 @@ class MemoryDrafter:
         device = self.runner.device
         requests, ids = torch.tensor(rows), torch.from_numpy(tokens.astype(np.int64))
         places = torch.from_numpy(positions.astype(np.int64))
-        wanted = torch.tensor(lengths)
+        wanted, local = torch.tensor(lengths), torch.arange(len(rows))
+        states = torch.empty(len(rows), max(lengths), self.model.memory_width, dtype=self.dtype, device=device)
         for number in range(max(lengths)):
             keep = wanted > number
             if not bool(keep.all()):
-                requests, ids, places, wanted = requests[keep], ids[keep], places[keep], wanted[keep]
+                requests, ids, places, wanted, local = requests[keep], ids[keep], places[keep], wanted[keep], local[keep]
             with override_forward_context(self.runner.attention.of_next_tokens(requests, places)):
                 hidden = tower(ids.clamp(max=self.model.memory_ids - 1).to(device), places.to(device))
+            states[local, number] = hidden
             logits = tower.compute_logits(hidden)[:, : self.vocabulary].float()
             chosen = logits.argmax(-1) if probabilities is None else self._sampled(logits, requests, number, sampling, probabilities)
             ids = chosen.cpu()
             for row, token in zip(requests.tolist(), ids.tolist(), strict=True):
                 drafts[row].append(token)
             places = places + 1
+        for i, row in enumerate(rows):
+            seen = Seen(int(positions[i]), [int(tokens[i]), *drafts[row][:-1]], states[i])
+            self.seen[self.runner.input_batch.req_ids[row]] = seen
 
     def _sampled(self, logits: Tensor, requests: Tensor, number: int, sampling: SamplingMetadata, probabilities: Tensor) -> Tensor:
         """Tokens drawn from the memory at each request's temperature; the most likely ones where that is 0. logits [n, V] float32.
@@ -122,3 +191,9 @@ class MemoryDrafter:
                 noise[i].exponential_(generator=generator)
         probabilities[at, number, : likely.shape[1]] = likely
         return torch.where(temperature == 0, greedy, (likely / noise).argmax(-1))
+
+
+class FixedDrafter(MemoryDrafter):
+    """Always drafts as many tokens as it may: for tests, and for measuring what adapting is worth."""
+
+    adaptive = False

@@ -31,7 +31,8 @@ UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's cla
     "takes images or sound": "supports_multimodal",
     "is a pooling model": "is_pooling_model",
 }
-MOST_DRAFTED = 16
+MOST_DRAFTED = 16  # tokens
+DRAFTED_ON_CPU = 6
 Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
@@ -185,6 +186,9 @@ def configure(args: Namespace, models: Models) -> None:
 
 def _speculate(args: Namespace, models: Models) -> None:
     """Turn `--speculate K` into vLLM's configuration of a drafter."""
+    if args.speculate is None:
+        alone = not args.async_scheduling and args.tensor_parallel_size == 1
+        args.speculate = DRAFTED_ON_CPU if alone and not torch.cuda.is_available() else 0
     if not 0 <= args.speculate <= MOST_DRAFTED:
         raise StartupError(f"--speculate {args.speculate}: wanted a number of tokens from 0 to {MOST_DRAFTED}")
     if not args.speculate or not models.domains.all:

@@ -4,12 +4,16 @@ vLLM documents `_model_forward` as the method to override for that. The workers 
 which is the only seam there is.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -22,6 +26,8 @@ from server.model.attention import attention_names
 from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
 from server.model.slots import slots_of
 
+NONE_KNOWN = torch.zeros(0, 0)
+
 
 class RoutesSteps:
     """Mixin for vLLM's V1 model runners."""
@@ -30,6 +36,15 @@ class RoutesSteps:
     attention: MemoryAttention
     last: tuple[tuple[list[RowChoice], int], StepRouting] | None = None
     """The step before: decoding steps are mostly routed alike."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        if vllm_config.speculative_config is not None:
+            # vLLM leaves min_p and logit_bias out, which its verifier doesn't know: here their requests draft nothing instead.
+            plain = copy.copy(vllm_config)
+            plain.speculative_config = None
+            runner: Any = self
+            runner.input_batch.logitsprocs = build_logitsprocs(plain, device, PIN_MEMORY, False)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Also find the towers' attention layers in the KV cache."""
@@ -44,14 +59,26 @@ class RoutesSteps:
         runner: Any = self
         batch = runner.input_batch
         ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
-        rows = [self._row(runner.requests[r], ends[i + 1] - ends[i]) for i, r in enumerate(batch.req_ids)]
+        known = [self._known(row, r, ends[row], ends[row + 1]) for row, r in enumerate(batch.req_ids)]
+        rows = [self._row(runner.requests[r], ends[i + 1] - ends[i], len(known[i])) for i, r in enumerate(batch.req_ids)]
         total = len(input_ids) if input_ids is not None else len(kwargs["inputs_embeds"])
         if self.last is None or self.last[0] != (rows, total):
             self.last = (rows, total), StepRouting.of(rows, total, runner.device)
         routing = self.last[1]
+        more: dict[str, Any] = {"routing": routing, "known": torch.cat([k for k in known if len(k)]) if len(routing.known) else None}
         decoders = len(runner.get_model().towers)
-        attention = {g.slot: self.attention.of_step(g) for g in routing.groups if g.tokens is not None and g.slot <= decoders}
-        return super()._model_forward(input_ids, *args, routing=routing, attention=attention, **kwargs)  # type: ignore[misc]
+        parts = [group for group in routing.groups if group.slot <= decoders and group.tokens is not None and len(group.tokens)]
+        more["attention"] = {group.slot: self.attention.of_step(group) for group in parts}
+        return super()._model_forward(input_ids, *args, **more, **kwargs)  # type: ignore[misc]
+
+    def _known(self, row: int, request: str, start: int, end: int) -> torch.Tensor:
+        """Hidden states of the request's first tokens in this step that its decoder has seen while drafting, [n, H_memory]."""
+        runner: Any = self
+        if runner.speculative_config is None:
+            return NONE_KNOWN
+        position = int(runner.input_batch.num_computed_tokens_cpu[row])
+        hidden: torch.Tensor | None = runner.drafter.known(request, position, runner.input_ids.np[start:end].tolist())
+        return NONE_KNOWN if hidden is None else hidden
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         """Without drafts to verify, sample as vLLM does without speculation: nobody pays for what others use."""
@@ -63,7 +90,7 @@ class RoutesSteps:
         """The drafter itself keeps each request within the context; vLLM would stop drafting for all near one's end."""
         return common_attn_metadata is not None
 
-    def _row(self, request: Any, tokens: int) -> RowChoice:
+    def _row(self, request: Any, tokens: int, known: int) -> RowChoice:
         """A request's row of this step; what it chose is read once and kept with it."""
         if not hasattr(request, "memory"):
             choice = MemoryChoice.of(request.sampling_params)
@@ -72,7 +99,7 @@ class RoutesSteps:
                 (choice.slot or self.slots[choice.mode, choice.domain], choice.lam) if choice is not None and active else (NO_DOMAIN, 0.0)
             )
         slot, lam = request.memory
-        return RowChoice(slot, lam, tokens)
+        return RowChoice(slot, lam, tokens, known)
 
 
 class RoutedCPUModelRunner(RoutesSteps, CPUModelRunner):

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
+from vllm.compilation.backends import set_model_tag
 from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.platforms import current_platform
 
 from decoders.retrieval import RetrievalPackage
 from server.model.attention import share_attention
@@ -49,21 +51,28 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
-        self.beside, self.memory_config, self.prefix, self.built = beside, memory_config, prefix, 0
-        towers = [self.build_tower() for _ in self.paths]
+        self.memory_config, self.prefix, self.built = memory_config, prefix, 0
+        towers = [self._tower(beside) for _ in self.paths]
+        self.later = uncompiled(beside)
+        """Configuration of decoders loaded later: compiling one would hold all requests up."""
         share_attention(towers, vllm_config.compilation_config.static_forward_context)
         self.towers = nn.ModuleList([*towers, *[None] * (capacity(spec) - len(towers))])  # type: ignore[list-item]
         self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
         self.times = StepTimes()
 
-    def build_tower(self) -> nn.Module:
-        """A decoder's model without its weights; its attention layers are its own still."""
+    def _tower(self, beside: VllmConfig) -> nn.Module:
+        """A decoder's model without its weights, under a name of its own, for its layers (vLLM reads their number off the only integer
+        between dots) and its compiled code. Its attention layers are its own still.
+        """
         self.built += 1
-        # vLLM reads the layer number off the only integer between dots.
         name = maybe_prefix(self.prefix, f"memory_{self.built - 1}")
-        with replicated():
-            tower: nn.Module = init_vllm_registered_model(self.beside, prefix=name, hf_config=self.memory_config)
+        with replicated(), set_model_tag(name):
+            tower: nn.Module = init_vllm_registered_model(beside, prefix=name, hf_config=self.memory_config)
         return tower
+
+    def later_tower(self) -> nn.Module:
+        """The same for a decoder that is loaded while the engine runs."""
+        return self._tower(self.later)
 
     def replace_tower(self, slot: int, tower: nn.Module | None) -> None:
         """Put a complete tower into a slot, or empty it. The first tower stays until another takes its place: it owns the attention layers."""
@@ -78,15 +87,13 @@ class MemoryDecoderForCausalLM(nn.Module):
 
     @staticmethod
     def _tower_config(vllm_config: VllmConfig, memory_config: PreTrainedConfig) -> VllmConfig:
-        """The engine's config for the towers: run eagerly, not quantised, with the decoders' own sliding window or none.
+        """The engine's config for the towers: not quantised, with the decoders' own sliding window or none.
 
-        vLLM compiles a model once and drops the guards, so what is routed by Python values must not be compiled. The copies are
-        shallow: the register of attention layers stays the engine's own.
+        The copies are shallow: the register of attention layers stays the engine's own.
         """
         beside = copy.copy(vllm_config)
-        beside.compilation_config = copy.copy(vllm_config.compilation_config)
-        beside.compilation_config.mode = CompilationMode.NONE
-        beside.compilation_config.custom_ops = ["all"]
+        if not current_platform.is_cpu():  # not tried
+            beside = uncompiled(beside)
         beside.quant_config = None
         # Attention layers that aren't told otherwise take the window from here, where vLLM has put the base's.
         beside.cache_config = copy.copy(vllm_config.cache_config)
@@ -109,11 +116,13 @@ class MemoryDecoderForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         routing: StepRouting | None = None,
         attention: Mapping[int, Any] | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """Packed rows [tokens, H_base + H_memory + TAIL] (see server.model.packing); [tokens, H_base] where no request has a memory.
 
         `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0. `attention`
-        maps each decoder's slot to the forward context of its requests alone, where they aren't all there are.
+        maps each decoder's slot to the forward context of its tokens alone, where they aren't all there are. `known` are the decoders'
+        hidden states of the tokens that need not run again, [routing.known, H_memory].
         """
         with self.times.part("base", positions.device):
             hidden: Tensor = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
@@ -124,6 +133,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         if decoded := [group for group in routing.groups if group.slot <= len(self.towers)]:
             with self.times.part("memory", positions.device):
                 memory = self._memory(input_ids, positions, hidden, decoded, attention or {})
+            if known is not None:
+                memory.index_copy_(0, routing.known, known)
         else:  # datastores need no tower
             memory = hidden.new_zeros(len(hidden), self.memory_width)
         return pack(hidden, memory, routing.tail)
@@ -141,6 +152,8 @@ class MemoryDecoderForCausalLM(nn.Module):
             if group.tokens is None:
                 whole: Tensor = tower(input_ids, positions)
                 return whole
+            if not len(group.tokens):  # all are known
+                continue
             with override_forward_context(attention[group.slot]):
                 own: Tensor = tower(input_ids.index_select(0, group.tokens), positions.index_select(0, group.tokens))
             memory.index_copy_(0, group.tokens, own)
@@ -195,6 +208,15 @@ class MemoryDecoderForCausalLM(nn.Module):
         if any(names is None for names in loaded.values()):
             return None
         return {f"{part}.{name}" for part, names in loaded.items() for name in names}
+
+
+def uncompiled(config: VllmConfig) -> VllmConfig:
+    """The same configuration for a model that runs eagerly."""
+    found = copy.copy(config)
+    found.compilation_config = copy.copy(config.compilation_config)
+    found.compilation_config.mode = CompilationMode.NONE
+    found.compilation_config.custom_ops = ["all"]
+    return found
 
 
 def finite(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:

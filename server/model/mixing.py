@@ -11,10 +11,11 @@ def mix(base_logits: Tensor, memory_logits: Tensor, lam: Tensor) -> Tensor:
     being normalised over those. lam [rows] float32 in (0, 1]. The base's logsumexp is added back: softmax is unchanged by it, but
     repetition and presence penalties see values of a logit's usual size.
     """
-    base = base_logits.float()
-    norm = base.logsumexp(-1, keepdim=True)
-    shared = min(base.shape[-1], memory_logits.shape[-1])
-    memory = memory_logits[:, :shared].float().log_softmax(-1) + lam.log()[:, None]
-    mixed = base - norm + torch.log1p(-lam)[:, None]  # lambda 1 gives log 0 = -inf, which logaddexp takes
+    mixed = base_logits.float().log_softmax(-1)
+    likeliest = mixed.argmax(-1, keepdim=True)
+    norm = base_logits.gather(1, likeliest).float() - mixed.gather(1, likeliest)  # a logsumexp would cost as much again
+    shared = min(base_logits.shape[-1], memory_logits.shape[-1])
+    memory = memory_logits[:, :shared].float().log_softmax(-1).add_(lam.log()[:, None])
+    mixed.add_(torch.log1p(-lam)[:, None])  # lambda 1 gives log 0 = -inf, which logaddexp takes
     torch.logaddexp(mixed[:, :shared], memory, out=mixed[:, :shared])
-    return mixed + norm
+    return mixed.add_(norm)

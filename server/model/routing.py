@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +21,21 @@ class RowChoice:
     slot: int
     lam: float
     tokens: int
+    known: int = 0
+    """How many of them, from the first on, have gone through the decoder before, as drafts."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The requests of one slot."""
+    """What one slot has to do in a step: the requests' tokens but for those that are known."""
 
     slot: int
     requests: Tensor
-    """Their positions among the step's requests, int64."""
+    """Positions of the requests among the step's, int64."""
+    lengths: np.ndarray[Any, Any]
+    """How many tokens each has to run, its last ones, int32."""
     tokens: Tensor | None
-    """Positions of their tokens, int64; None: they are all the step has."""
+    """Positions of these tokens, int64; None: they are all the step has."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class StepRouting:
     """Lambda of each token, [tokens] float32."""
     groups: tuple[Group, ...]
     """One for each slot in use but 0, in the order of slots."""
+    known: Tensor
+    """Positions of the tokens whose hidden states are known, int64."""
 
     @classmethod
     def of(cls, rows: Sequence[RowChoice], tokens: int, device: torch.device) -> "StepRouting":
@@ -51,21 +58,31 @@ class StepRouting:
         if not chosen.any():
             return BASE_ALONE
         counts = np.array([row.tokens for row in rows], np.int64)
+        known = np.array([row.known for row in rows], np.int64)
         padding = (0, tokens - int(counts.sum()))
         slots = np.pad(chosen.repeat(counts), padding)
         lams = np.pad(np.array([row.lam for row in rows], np.float32).repeat(counts), padding)
+        starts = counts.cumsum() - counts
+        run = np.pad(np.arange(counts.sum()) - starts.repeat(counts) >= known.repeat(counts), padding)
         groups = []
         for slot in sorted(set(chosen.tolist()) - {NO_DOMAIN}):
-            own = np.flatnonzero(slots == slot)
+            own = np.flatnonzero((slots == slot) & run)
+            requests = np.flatnonzero((chosen == slot) & (counts > known))
             picked = None if len(own) == tokens else torch.from_numpy(own).to(device)
-            groups.append(Group(slot, torch.from_numpy(np.flatnonzero(chosen == slot)), picked))
-        return cls(torch.from_numpy(slots).to(device), torch.from_numpy(lams).to(device), tuple(groups))
+            groups.append(Group(slot, torch.from_numpy(requests), (counts - known)[requests].astype(np.int32), picked))
+        return cls(
+            torch.from_numpy(slots).to(device),
+            torch.from_numpy(lams).to(device),
+            tuple(groups),
+            torch.from_numpy(np.flatnonzero(~run & (slots > 0))).to(device),
+        )
 
     @classmethod
     def untold(cls, tokens: int, device: torch.device) -> "StepRouting":
         """For vLLM's own profiling, which has no requests: every token passes through the first decoder, with lambda 0."""
         slots = torch.ones(tokens, dtype=torch.int64, device=device)
-        return cls(slots, torch.zeros(tokens, device=device), (Group(1, torch.zeros(0, dtype=torch.int64), None),))
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(slots, torch.zeros(tokens, device=device), (Group(1, none, np.zeros(0, np.int32), None),), none)
 
     @property
     def uses_memory(self) -> bool:
@@ -78,7 +95,7 @@ class StepRouting:
         return tail(self.slots, self.lams)
 
 
-BASE_ALONE = StepRouting(torch.zeros(0, dtype=torch.int64), torch.zeros(0), ())
+BASE_ALONE = StepRouting(torch.zeros(0, dtype=torch.int64), torch.zeros(0), (), torch.zeros(0, dtype=torch.int64))
 """A step in which nobody asks for a memory."""
 
 

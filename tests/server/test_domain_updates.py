@@ -57,7 +57,7 @@ def changing(toys: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory)
         patch.setenv("OMP_NUM_THREADS", "1")  # enough for toys, and threads that wait for each other are slow on a busy machine
         running = start_server(
             tmp_path_factory.mktemp("changing") / "log.txt", str(toys / "base"), "--decoder-dir", str(folder), "--enable-domain-updates",
-            "--max-decoders", str(SLOTS), "--speculate", "3", "--api-key", USER["Authorization"].removeprefix("Bearer "), "--dtype", "float32",
+            "--max-decoders", str(SLOTS), "--api-key", USER["Authorization"].removeprefix("Bearer "), "--dtype", "float32",
             "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20),
         )  # fmt: skip
     yield running

@@ -94,3 +94,14 @@ def test_positions_by_slot() -> None:
     """Rows without a memory belong to no group."""
     assert positions_by_slot(torch.zeros(3, dtype=torch.int64), CPU) == ()
     assert [(slot, rows.tolist()) for slot, rows in positions_by_slot(torch.tensor([2, 0, 1, 2]), CPU)] == [(1, [2]), (2, [0, 3])]
+
+
+def test_known_tokens_are_not_run_again() -> None:
+    """A request's first tokens may be known; the last ones are what its group runs."""
+    routing = StepRouting.of([RowChoice(1, 0.5, 3, 2), RowChoice(2, 0.5, 2, 2), RowChoice(0, 0.0, 1), RowChoice(1, 0.5, 2)], 8, CPU)
+    one, two = routing.groups
+    assert one.tokens is not None and two.tokens is not None
+    assert (one.requests.tolist(), one.lengths.tolist(), one.tokens.tolist()) == ([0, 3], [1, 2], [2, 6, 7])
+    assert (two.requests.tolist(), two.lengths.tolist(), two.tokens.tolist()) == ([], [], [])
+    assert routing.known.tolist() == [0, 1, 3, 4]
+    assert routing.slots.tolist() == [1, 1, 1, 2, 2, 0, 1, 1]

@@ -11,14 +11,14 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from asking import ask, chat, refused
+from asking import ask, chat
 from conftest import Server, metric, start_server, stop_server
 from offline import Row, run
 from reference import CODE, FLOAT32, MIX, hugging_face, worst
 from transformers import AutoTokenizer
 
 SPECULATION = {
-    "speculative_config": {"method": "custom_class", "model": "server.engine.drafter.MemoryDrafter", "num_speculative_tokens": 3},
+    "speculative_config": {"method": "custom_class", "model": "server.engine.drafter.FixedDrafter", "num_speculative_tokens": 3},
     "scheduler_cls": "server.engine.drafter.DraftingScheduler",
 }
 # Toys are unlike each other: with much of the memory in the mixture, drafts are accepted as real ones are.
@@ -170,6 +170,8 @@ SCHEMA = {
         {"max_tokens": 30, "structured_outputs": {"regex": "[a-f]{12}[0-9]+"}},
         {"max_tokens": 30, "temperature": 1.0, "top_k": 1},
         {"max_tokens": 30, "temperature": 1.0, "top_p": 1e-9},
+        {"max_tokens": 30, "temperature": 1.0, "min_p": 1.0},
+        {"max_tokens": 30, "logit_bias": {"80": 100.0, "81": 99.0}, "repetition_penalty": 1.1},
     ],
     ids=lambda fields: " ".join(k for k in fields if k != "max_tokens") or "plain",
 )
@@ -197,14 +199,6 @@ def test_streams_and_chats(http: httpx.Client, drafting: Server) -> None:
         events = ask(client, domain="a", max_tokens=30, stream=True).text
         pieces = [json.loads(line[6:])["choices"][0]["text"] for line in events.splitlines() if line.startswith("data: {")]
         assert "".join(pieces) == whole
-
-
-def test_what_speculation_cannot_do_is_refused(drafting: Server) -> None:
-    """min_p and logit_bias, as in vLLM: with and without a domain, for the verifier doesn't know them."""
-    with httpx.Client(base_url=drafting.url, timeout=120) as client:
-        for fields in ({"min_p": 0.1}, {"logit_bias": {"5": 1.0}}):
-            message = refused(ask(client, domain="a", temperature=1.0, **fields), 400)
-            assert "min_p and logit_bias" in message
 
 
 def test_seeds_repeat_and_metrics_count(drafting: Server) -> None:

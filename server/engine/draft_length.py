@@ -1,0 +1,115 @@
+"""How many tokens to draft: what a step would bring, by each request's own acceptance, over what it would take, as measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import log
+
+ACCEPTED, TRIED = 3.0, 4.0  # what a request is taken to have seen before its first draft
+KEPT = 0.9  # of a request's evidence, from step to step: text changes
+FADING = 0.98  # of the measured costs
+SIZES = 25.0  # tokens^2: how much sizes must vary before their cost is believed
+PROBE = 16  # steps after which a request that drafts nothing tries one token, to learn whether it still should
+
+
+@dataclass
+class Acceptance:
+    """One request's drafts so far."""
+
+    accepted: float = ACCEPTED
+    tried: float = TRIED
+    idle: int = 0
+    """Steps since its last draft."""
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """A draft was verified: tokens after the first rejected one were not tried."""
+        self.accepted = KEPT * self.accepted + accepted
+        self.tried = KEPT * self.tried + accepted + (accepted < drafted)
+
+    @property
+    def rate(self) -> float:
+        """Probability that a drafted token is accepted, if those before it were."""
+        return min(max(self.accepted / self.tried, 0.01), 0.98)
+
+
+@dataclass
+class StepCost:
+    """Seconds of a step without its drafting, as a line over the tokens it verifies: least squares, old steps fading."""
+
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    """Of 1, x, x^2, y and x * y, for x tokens and y seconds."""
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """One step. Steps that took several times what is expected (another process, a stall) count as if they hadn't."""
+        if self.sums[0] > 5:
+            seconds = min(seconds, 3 * self.of(tokens))
+        for i, value in enumerate((1.0, tokens, tokens * tokens, seconds, tokens * seconds)):
+            self.sums[i] = FADING * self.sums[i] + value
+
+    @property
+    def slope(self) -> float:
+        """Expected seconds for a further token; taken to be a fiftieth of a step until sizes have varied enough to tell."""
+        count, x, xx, y, xy = self.sums
+        if not count:
+            return 0.02
+        mean, height = x / count, y / count
+        return max(0.0, (xy / count - mean * height + SIZES * 0.02 * height) / (xx / count - mean * mean + SIZES))
+
+    def of(self, tokens: int) -> float:
+        """Expected seconds."""
+        count, x, _, y, _ = self.sums
+        if not count:
+            return 1.0 + self.slope * tokens
+        return max(y / count + self.slope * (tokens - x / count), 0.2 * y / count)
+
+
+class DraftLengths:
+    """Chooses each request's number of tokens to draft, from 0 to `most`."""
+
+    def __init__(self, most: int, share: float) -> None:
+        """`share`: a decoder's bytes over all that a step reads, which a drafted token's cost is taken to be until it is measured."""
+        self.most, self.share = most, share
+        self.step = StepCost()
+        self.draft = 0.0
+        """Seconds of drafting one token for all who draft; 0: not measured yet."""
+        self.requests: dict[str, Acceptance] = {}
+
+    def drafted(self, seconds: float) -> None:
+        """One token was drafted for all who draft."""
+        seconds = min(seconds, 3 * self.draft) if self.draft else seconds
+        self.draft = 0.9 * self.draft + 0.1 * seconds if self.draft else seconds
+
+    def verified(self, request: str, drafted: int, accepted: int) -> None:
+        """What became of a request's draft."""
+        self.requests.setdefault(request, Acceptance()).add(drafted, accepted)
+
+    def keep(self, requests: set[str]) -> None:
+        """Forget all but these."""
+        self.requests = {name: seen for name, seen in self.requests.items() if name in requests}
+
+    def choose(self, requests: Sequence[str], others: int) -> list[int]:
+        """Tokens to draft for each of these requests, in a step that has `others` tokens besides.
+
+        The number k that brings the most tokens a second: (1 - a^(k+1)) / (1 - a) expected tokens of each (arXiv 2211.17192, eq. 1) over
+        the time of the step and of k drafts, which all share. Who is accepted less than others stops where a token is not worth its
+        place in the step.
+        """
+        rates = [self.requests.setdefault(name, Acceptance()).rate for name in requests]
+        draft = self.draft or self.share * self.step.of(others + len(rates))
+        best, fastest, expected, chances = 0, 0.0, 0.0, [1.0] * len(rates)
+        for k in range(self.most + 1):
+            expected += sum(chances)
+            speed = expected / (self.step.of(others + len(rates) * (k + 1)) + k * draft)
+            if speed > fastest:
+                best, fastest = k, speed
+            chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
+        worth = self.step.slope * fastest
+        lengths = [best if not best or rate**best >= worth else int(log(worth) / log(rate)) for rate in rates]
+        return [self._probed(self.requests[name], length) for name, length in zip(requests, lengths, strict=True)]
+
+    def _probed(self, seen: Acceptance, length: int) -> int:
+        """One token instead of none, now and then."""
+        seen.idle = 0 if length else seen.idle + 1
+        if seen.idle <= PROBE:
+            return length
+        seen.idle = 0
+        return min(1, self.most)

@@ -1,0 +1,77 @@
+"""The engine without HTTP, in this process: for benchmarks, and for batches of one's own."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+from vllm import LLM, SamplingParams
+
+from server.engine.choice import MemoryChoice
+from server.routing.domains import DECODER
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One batch, as it was answered."""
+
+    seconds: float
+    first: float
+    """Seconds to the first token, of the last of all."""
+    tokens: list[list[int]]
+
+
+class OfflineEngine:
+    """A base, with decoders or as plain vLLM serves it."""
+
+    def __init__(
+        self, base: str, architecture: str, decoders: dict[str, str], drafter: str | None = None, drafted: int = 0, **options: Any
+    ) -> None:
+        """`decoders` maps domains to folders; with none, this is vLLM without us. `drafter` names a class of server.engine.drafter."""
+        if decoders:
+            spec = {
+                "base_architecture": architecture,
+                "decoders": [{"name": name, "path": path, "lambda": 0.6, "revision": name} for name, path in decoders.items()],
+            }
+            options |= {
+                "hf_overrides": {"architectures": ["MemoryDecoderForCausalLM"], "memory_decoder": spec},
+                "worker_cls": "server.engine.worker.CPUMemoryWorker",
+            }
+        if drafted:
+            options |= {
+                "speculative_config": {
+                    "method": "custom_class",
+                    "model": f"server.engine.drafter.{drafter}",
+                    "num_speculative_tokens": drafted,
+                },
+                "scheduler_cls": "server.engine.drafter.DraftingScheduler",
+            }
+        self.llm = LLM(base, enforce_eager=True, enable_prefix_caching=False, disable_log_stats=False, **options)
+
+    def ask(self, prompts: list[list[int]], domains: list[str | None], lams: list[float], tokens: int, temperature: float) -> Timed:
+        """Answer a batch of prompts (token ids) with `tokens` tokens each."""
+        params = [
+            SamplingParams(
+                max_tokens=tokens, temperature=temperature, ignore_eos=True, detokenize=False,
+                extra_args=MemoryChoice(DECODER, domain, lam).to_extra_args() if domain else None,
+            )
+            for domain, lam in zip(domains, lams, strict=True)
+        ]  # fmt: skip
+        started = time.perf_counter()
+        answers = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        first = max(a.metrics.first_token_latency for a in answers if a.metrics is not None)
+        return Timed(seconds, first, [list(a.outputs[0].token_ids) for a in answers])
+
+    def drafts(self) -> tuple[int, list[int]]:
+        """Since the start: drafts, and the tokens accepted at each position."""
+        found = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
+        if not found:
+            return 0, []
+        at: Any = found["vllm:spec_decode_num_accepted_tokens_per_pos"]
+        count: Any = found["vllm:spec_decode_num_drafts"]
+        return count.value, list(at.values)

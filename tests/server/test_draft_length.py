@@ -1,0 +1,70 @@
+"""How many tokens are drafted: follows acceptance and cost; no engine."""
+
+import pytest
+
+from server.engine.draft_length import PROBE, DraftLengths
+
+
+def lengths(step: float, a_token: float, draft: float) -> DraftLengths:
+    """With costs measured: `step` seconds, `a_token` for each token it verifies, `draft` for one drafted."""
+    made = DraftLengths(6, 0.1)
+    for tokens in (1, 4, 7, 2, 5) * 20:
+        made.step.add(tokens, step + a_token * tokens)
+        made.drafted(draft)
+    return made
+
+
+def settle(made: DraftLengths, rate: float, drafting: int = 1) -> int:
+    """The length that is chosen once a request has seen drafts accepted at this rate."""
+    for n in range(200):
+        made.verified("r", 1, int((n + 1) * rate) - int(n * rate))
+    return made.choose(["r"] * drafting, 0)[0]
+
+
+def test_costs_are_learned() -> None:
+    """A line through what was measured; stalls hardly move it."""
+    made = lengths(0.005, 0.0001, 0.001)
+    assert made.step.of(1) == pytest.approx(0.0051, rel=0.01)
+    assert made.step.of(40) == pytest.approx(0.009, rel=0.05)
+    made.step.add(3, 60.0)
+    assert made.step.of(3) < 0.01
+
+
+def test_more_is_drafted_where_more_is_accepted() -> None:
+    """Up to the most when drafts are nearly free and right, nothing when they are dear and wrong."""
+    assert settle(lengths(0.005, 0.0001, 0.001), 1.0) == 6
+    assert settle(lengths(0.005, 0.0001, 0.001), 0.5) in (1, 2)
+    assert settle(lengths(0.005, 0.0001, 0.004), 0.1) == 0
+    assert settle(lengths(0.005, 0.0001, 0.0001), 0.9) == 6
+
+
+def test_large_batches_draft_less() -> None:
+    """Each of many requests' drafts is a token more for all to wait for."""
+    assert settle(lengths(0.005, 0.0005, 0.001), 0.8, drafting=64) < settle(lengths(0.005, 0.0005, 0.001), 0.8, drafting=1)
+
+
+def test_who_is_accepted_less_drafts_less() -> None:
+    """In one batch: the shared number suits most, and whoever is mostly wrong adds fewer tokens to the step."""
+    made = lengths(0.005, 0.0004, 0.0005)
+    for n in range(200):
+        made.verified("good", 1, 1)
+        made.verified("bad", 1, int(n % 4 == 0))
+    *good, bad = made.choose(["good"] * 7 + ["bad"], 0)
+    assert min(good) > bad
+
+
+def test_a_request_that_gave_up_tries_again_now_and_then() -> None:
+    """Texts change: one token every so many steps."""
+    made = lengths(0.005, 0.0001, 0.004)
+    settle(made, 0.0)
+    chosen = [made.choose(["r"], 0)[0] for _ in range(3 * (PROBE + 1))]
+    assert set(chosen) == {0, 1}
+    assert sum(chosen) == 3
+
+
+def test_an_unmeasured_engine_drafts_by_its_weights() -> None:
+    """A decoder of a tenth of the bytes is worth asking from the first token on; who left is forgotten."""
+    made = DraftLengths(4, 0.1)
+    assert made.choose(["r"], 0)[0] >= 2
+    made.keep({"s"})
+    assert not made.requests

@@ -82,6 +82,13 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside.cache_config.sliding_window = getattr(text_config, "sliding_window", None) if sliding else None
         return beside
 
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What vLLM's V2 runner asks a model for; its V1 runner is subclassed instead (server.engine.worker)."""
+        from server.engine.model_state import MemoryModelState
+
+        return MemoryModelState
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The base's embeddings, [tokens, H]; the towers embed for themselves."""
         embedded: Tensor = self.base.embed_input_ids(input_ids)

@@ -61,6 +61,36 @@ class Unauthorized(RequestError):
     status, type = 401, "AuthenticationError"
 
 
+class Forbidden(RequestError):
+    """The API key is right, but not for this."""
+
+    status, type = 403, "PermissionDeniedError"
+
+
+class DomainNotAllowed(Forbidden):
+    """The domain exists, but not for this API key."""
+
+    param = "domain"
+
+
+class TooManyRequests(RequestError):
+    """The API key has as many requests under way as it may."""
+
+    status, type = 429, "RateLimitError"
+
+
+class UnknownModel(RequestError):
+    """No model or alias of that name."""
+
+    status, type, param = 404, "NotFoundError", "model"
+
+
+class BodyTooSlow(RequestError):
+    """The request's body did not arrive in time."""
+
+    status, type = 408, "RequestTimeout"
+
+
 class BodyTooLarge(RequestError):
     """The request's body is over the limit."""
 

@@ -9,6 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from server.api.catalogue import offered, require_model
+from server.api.limits import Limits
 from server.engine.choice import RESERVED, MemoryChoice
 from server.engine.openai_layer import (
     ChatCompletionRequest,
@@ -46,8 +48,9 @@ async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
     await _require_unicode(raw_request)
     require_small_schema(await raw_request.json())
+    _limit(request, raw_request)
     selection = _select(request, raw_request)
-    raw_request.state.selection = selection  # for the metrics
+    raw_request.state.selection = selection  # for the metrics and the log
     _apply(selection, request)
     asked_model.set(request.model)
     retrieved = Added()
@@ -138,6 +141,33 @@ async def _begin(response: StreamingResponse, _: Request) -> Response:
     return response
 
 
+def _limit(request: Any, raw_request: Request) -> None:
+    """Hold a request to the server's limits, and refuse it while the queue has no room for all its choices."""
+    limits: Limits = raw_request.app.state.limits
+    if limits.log_prompts:
+        asked = getattr(request, "prompt", None) or getattr(request, "messages", None)
+        raw_request.state.prompt = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False, default=str)
+    prompts = len(request.prompt) if _is_batch(getattr(request, "prompt", None)) else 1
+    choices = prompts * (request.n or 1)
+    if choices > limits.max_choices:
+        of = f" for each of {prompts} prompts" if prompts > 1 else ""
+        raise RequestError(
+            f"This request asks for {str(request.n or 1)[:20]} choices{of}; this server gives at most {limits.max_choices}.",
+            "n" if (request.n or 1) > 1 else "prompt",
+        )
+    chat = hasattr(request, "max_completion_tokens")
+    for name in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
+        asked, most = getattr(request, name), limits.max_output_tokens
+        if most is not None and asked is not None and asked > most:
+            raise RequestError(f"{name} is {str(asked)[:20]}; this server gives at most {most:,}.", name)
+    raw_request.app.state.engine_client.check_admission(choices)
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether a completion's prompt is a list of prompts, not one text or one list of token ids."""
+    return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+
+
 def _select(request: Any, raw_request: Request) -> Selection:
     """The selection of one parsed request. Our fields are unknown to vLLM's classes, which keep such fields in `model_extra`."""
     for name in RESERVED:
@@ -146,7 +176,10 @@ def _select(request: Any, raw_request: Request) -> Selection:
                 f"vllm_xargs.{name} is reserved. Body fields choose a memory: domain, lambda, memory, rag_stride.", "vllm_xargs"
             )
     headers = {name: [value.strip() for value in raw_request.headers.getlist(name)] for name in ("x-domain", "x-lambda", "x-memory")}
-    return select(raw_request.app.state.domains, request.model, headers, request.model_extra or {})
+    domains = offered(raw_request)
+    if request.model is not None:
+        require_model(request.model, domains)
+    return select(domains, request.model, headers, request.model_extra or {})
 
 
 def _apply(selection: Selection, request: Any) -> None:

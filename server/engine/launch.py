@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ import torch
 from decoders.package import read_json
 from decoders.retrieval import RetrievalPackage
 from decoders.tokenizer import load_tokenizer
+from server import logs
+from server.api.limits import Limits, bound_queue
 from server.errors import StartupError
 from server.retrieval.rag import PassageFinder
 from server.startup import Models, check_models, with_datastores
@@ -97,15 +100,22 @@ def _options(parser: Parser) -> Parser:
         metavar="SHARE",
         help="share of the decoder requests that is replayed at low priority with the base alone and the domain's baselines (default: 0)",
     )
-    ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
+    Limits.add_to(ours)
     return parser
 
 
 def configure(args: Namespace, models: Models) -> None:
     """Fill in what follows from the models. Raises StartupError where the user's options contradict them."""
     from vllm.config import CUDAGraphMode
+    from vllm.config.logging import LoggingConfig
 
     require_supported(models)
+    args.limits = Limits.of(args)
+    args.keys = args.limits.keys(args.api_key or [], models.domains.names)
+    bound_queue(args, args.limits)
+    if args.limits.log_json:
+        logs.write_json()
+        args.logging_config = replace(getattr(args, "logging_config", None) or LoggingConfig(), formatter="json")
     if not 0 <= args.baseline_sample_rate <= 1:
         raise StartupError(f"--baseline-sample-rate {args.baseline_sample_rate}: wanted a number from 0 to 1")
     if args.baseline_sample_rate:
@@ -190,7 +200,7 @@ async def _serve(args: Namespace, models: Models) -> int:
         app = await build_app(engine, args, models.domains, started)
         stopped = await serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log, timeout_keep_alive=5,
+            **logs.uvicorn_options(args.limits.log_json, not args.disable_uvicorn_access_log), timeout_keep_alive=5,
             timeout_graceful_shutdown=5,  # or a client cut off in mid-answer can hold the exit up
             ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile, ssl_ca_certs=args.ssl_ca_certs, ssl_cert_reqs=args.ssl_cert_reqs,
         )  # fmt: skip

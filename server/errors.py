@@ -101,3 +101,9 @@ class ShuttingDown(MemdecError):
     """The server drains: requests under way finish, new ones are refused."""
 
     status, type = 503, "ServiceUnavailableError"
+
+
+class QueueFull(MemdecError):
+    """The server has as many requests under way and waiting as it takes."""
+
+    status, type = 503, "ServiceUnavailableError"

@@ -48,16 +48,18 @@ async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
     await _require_unicode(raw_request)
     require_small_schema(await raw_request.json())
-    _limit(request, raw_request)
+    choices = _choices(request, raw_request)
     selection = _select(request, raw_request)
     raw_request.state.selection = selection  # for the metrics and the log
     _apply(selection, request)
     asked_model.set(request.model)
     retrieved = Added()
     added.set(retrieved)
-    response: Response | None = await handler(request, raw_request)
-    if isinstance(response, StreamingResponse):
-        response = await with_cancellation(_begin)(response, raw_request)
+    response: Response | None
+    with raw_request.app.state.engine_client.admit(choices):
+        response = await handler(request, raw_request)
+        if isinstance(response, StreamingResponse):
+            response = await with_cancellation(_begin)(response, raw_request)
     if response is None:
         return Response(status_code=CLIENT_LEFT)
     if selection.mode == RAG:
@@ -141,8 +143,8 @@ async def _begin(response: StreamingResponse, _: Request) -> Response:
     return response
 
 
-def _limit(request: Any, raw_request: Request) -> None:
-    """Hold a request to the server's limits, and refuse it while the queue has no room for all its choices."""
+def _choices(request: Any, raw_request: Request) -> int:
+    """How many answers a request asks for. Raises RequestError if that, or their length, is over the server's limits."""
     limits: Limits = raw_request.app.state.limits
     if limits.log_prompts:
         asked = getattr(request, "prompt", None) or getattr(request, "messages", None)
@@ -160,7 +162,7 @@ def _limit(request: Any, raw_request: Request) -> None:
         asked, most = getattr(request, name), limits.max_output_tokens
         if most is not None and asked is not None and asked > most:
             raise RequestError(f"{name} is {str(asked)[:20]}; this server gives at most {most:,}.", name)
-    raw_request.app.state.engine_client.check_admission(choices)
+    return choices
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -1,5 +1,7 @@
 """vLLM's AsyncLLM with three additions: cache salts, draining, and per-token timings by domain."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -9,6 +11,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from server.engine import rag, tracing
+from server.engine.admission import Admission
 from server.engine.choice import SEGMENT, MemoryChoice
 from server.engine.shadows import Shadows
 from server.errors import ShuttingDown
@@ -72,6 +75,8 @@ class MemoryEngine(AsyncLLM):
         self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
         self.finders: dict[str, PassageFinder] = {}
         """The passages of each domain that has some."""
+        bound, self.scheduler_config.max_num_queued_reqs = self.scheduler_config.max_num_queued_reqs, None
+        self.admission = Admission(bound)
         tracing.install()
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
@@ -117,6 +122,15 @@ class MemoryEngine(AsyncLLM):
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except ShuttingDown as error:  # vLLM passes on its own kinds of errors alone
             raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from None
+        finally:
+            self.admission.arrived(getattr(params, "n", 1))
+
+    @contextmanager
+    def admit(self, choices: int) -> Iterator[None]:
+        """Keep room for an HTTP request's choices until the engine has them. Raises QueueFull, and what check_admission raises."""
+        self.check_admission(choices)
+        with self.admission.keep(choices, self.get_num_unfinished_requests()):
+            yield
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, let the engine drain for `timeout` seconds, then end whatever is left with an error.
@@ -130,7 +144,7 @@ class MemoryEngine(AsyncLLM):
             handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, CutOff())
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Raise ShuttingDown while draining, and vLLM's own errors when the queue is full."""
+        """Raise ShuttingDown while draining, and vLLM's own error where the queue's tokens are bounded (--max-num-queued-tokens)."""
         if self.draining:
             raise ShuttingDown("The server is shutting down; send the request to another replica.")
         super().check_admission(n, request_id)

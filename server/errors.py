@@ -1,5 +1,6 @@
 """Everything that can go wrong in front of a user, as one tree, and how each error looks over HTTP."""
 
+import json
 from typing import Any
 
 
@@ -13,6 +14,10 @@ class MemdecError(Exception):
     def to_body(self) -> dict[str, Any]:
         """The error as OpenAI's JSON object."""
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.status}}
+
+    def to_json(self) -> str:
+        """The same as text, for where no web framework is."""
+        return json.dumps(self.to_body())
 
 
 class StartupError(MemdecError):
@@ -83,6 +88,18 @@ class UnknownModel(RequestError):
     """No model or alias of that name."""
 
     status, type, param = 404, "NotFoundError", "model"
+
+
+class HeadersTooLarge(RequestError):
+    """The request's headers are over the limit."""
+
+    status, type = 431, "RequestHeaderFieldsTooLarge"
+
+
+class HeadersTooSlow(RequestError):
+    """The request's headers did not arrive in time."""
+
+    status, type = 408, "RequestTimeout"
 
 
 class BodyTooSlow(RequestError):

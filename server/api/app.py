@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api import catalogue, completions, greeting
+from server.api.body import require_sound
 from server.api.limits import Limits
 from server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes, KeyConcurrency, RequestLog, RetryLater
 from server.engine import openai_layer as vllm_api
@@ -38,7 +39,7 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
     app.include_router(completions.router)
     app.include_router(catalogue.router)
     vllm_api.register_instrumentator_api_routers(app)  # /health, /load, /version, /metrics
-    vllm_api.attach_tokenize(app)
+    app.include_router(vllm_api.tokenize_router, dependencies=[Depends(vllm_api.validate_json_request), Depends(require_sound)])
 
     vllm_api.init_exception_handler(app)
     app.exception_handler(HTTPException)(vllm_api.http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form

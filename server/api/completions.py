@@ -1,6 +1,5 @@
 """/v1/completions and /v1/chat/completions: choose the domain, then let vLLM answer."""
 
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -9,12 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from server.api.body import ChatCompletion, Completion, require_sound
 from server.api.catalogue import offered, require_model
 from server.api.limits import Limits
 from server.engine.choice import RESERVED, MemoryChoice
 from server.engine.openai_layer import (
-    ChatCompletionRequest,
-    CompletionRequest,
     create_chat_completion,
     create_completion,
     validate_json_request,
@@ -25,29 +23,25 @@ from server.retrieval.rag import Added, added
 from server.routing.domains import NONE, RAG
 from server.routing.selection import Selection, select
 
-router = APIRouter(dependencies=[Depends(validate_json_request)])
+router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require_sound)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
-COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
-LARGEST_COUNT = 10_000
 CLIENT_LEFT = 499  # nobody sees it but the metrics
 
 
 @router.post("/v1/completions")
-async def completions(request: CompletionRequest, raw_request: Request) -> Response:
+async def completions(request: Completion, raw_request: Request) -> Response:
     """OpenAI's completions, with `domain`, `lambda` and `memory` as further fields or headers."""
     return await _answer(create_completion, request, raw_request)
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(request: ChatCompletionRequest, raw_request: Request) -> Response:
+async def chat_completions(request: ChatCompletion, raw_request: Request) -> Response:
     """OpenAI's chat completions, with the same further fields."""
     return await _answer(create_chat_completion, request, raw_request)
 
 
 async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
-    await _require_unicode(raw_request)
-    require_small_schema(await raw_request.json())
     choices = _choices(request, raw_request)
     selection = _select(request, raw_request)
     raw_request.state.selection = selection  # for the metrics and the log
@@ -89,41 +83,6 @@ def _counted(body: dict[str, Any], retrieved: Added) -> dict[str, Any]:
     for key in ("prompt_tokens", "total_tokens"):
         body["usage"][key] += retrieved.tokens
     return body
-
-
-async def _require_unicode(raw_request: Request) -> None:
-    """JSON can spell half of a surrogate pair, which UTF-8 can't: on its way to the engine it would end as a 500."""
-    if b"\\ud" not in (await raw_request.body()).lower():
-        return
-    try:
-        json.dumps(await raw_request.json(), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise RequestError("The body has half of a surrogate pair (\\ud800 to \\udfff alone), which is not text.") from None
-
-
-def require_small_schema(body: dict[str, Any]) -> None:
-    """Refuse JSON schemas that count too far: compiling one takes time and memory in proportion, in the server's own process."""
-    waiting: list[Any] = [body.get(key) for key in ("response_format", "structured_outputs", "tools")]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, str) and node.lstrip().startswith("{"):  # a schema may also come as text
-            with contextlib.suppress(ValueError):
-                node = _parsed(node)
-        if isinstance(node, dict):
-            for key in COUNTS & node.keys():
-                if isinstance(node[key], int | float) and node[key] > LARGEST_COUNT:
-                    raise RequestError(f"{key} is {str(node[key])[:20]} in a JSON schema. It must be at most {LARGEST_COUNT:,}.", key)
-            waiting += node.values()
-        elif isinstance(node, list):
-            waiting += node
-
-
-def _parsed(text: str) -> Any:
-    """JSON from text. Raises ValueError, and RequestError where nesting would exhaust the parser."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise RequestError("A JSON schema given as text is nested too deeply.", "structured_outputs") from None
 
 
 async def _begin(response: StreamingResponse, _: Request) -> Response:

@@ -180,6 +180,7 @@ async def _serve(args: Namespace, models: Models) -> int:
     from vllm.usage.usage_lib import UsageContext
 
     from server.api.app import build_app
+    from server.api.protocol import BoundedHttp
     from server.engine.client import MemoryEngine
 
     started = time.monotonic()
@@ -200,7 +201,7 @@ async def _serve(args: Namespace, models: Models) -> int:
         app = await build_app(engine, args, models.domains, started)
         stopped = await serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
-            **logs.uvicorn_options(args.limits.log_json, not args.disable_uvicorn_access_log), timeout_keep_alive=5,
+            http=BoundedHttp, ws="none", **logs.uvicorn_options(args.limits.log_json, not args.disable_uvicorn_access_log), timeout_keep_alive=5,
             timeout_graceful_shutdown=5,  # or a client cut off in mid-answer can hold the exit up
             ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile, ssl_ca_certs=args.ssl_ca_certs, ssl_cert_reqs=args.ssl_cert_reqs,
         )  # fmt: skip

@@ -14,14 +14,13 @@ from vllm.entrypoints.serve.exception_handling.handlers.http import http_excepti
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
-from vllm.entrypoints.serve.tokenize.api_router import attach_router as attach_tokenize
+from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import VLLMValidationError
 
 __all__ = [
     "ChatCompletionRequest",
     "CompletionRequest",
-    "attach_tokenize",
     "create_chat_completion",
     "create_completion",
     "http_exception_handler",
@@ -31,6 +30,7 @@ __all__ = [
     "lifespan",
     "limit_tokens",
     "register_instrumentator_api_routers",
+    "tokenize_router",
     "validate_json_request",
     "with_cancellation",
 ]

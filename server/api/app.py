@@ -57,6 +57,7 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
         app.add_middleware(RequestLog)  # last added, first run
 
     await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+    vllm_api.log_no_client_errors()
     vllm_api.limit_tokens(app.state, limits.max_prompt_tokens, limits.max_output_tokens)
     # Answers carry the model name that the client asked for, alias included.
     app.state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base

@@ -13,18 +13,20 @@ from server.api.catalogue import offered, require_model
 from server.api.limits import Limits
 from server.engine.choice import RESERVED, MemoryChoice
 from server.engine.openai_layer import (
+    GenerationError,
     create_chat_completion,
     create_completion,
     validate_json_request,
     with_cancellation,
 )
-from server.errors import RequestError
+from server.errors import GenerationFailed, RequestError
 from server.retrieval.rag import Added, added
 from server.routing.domains import NONE, RAG
 from server.routing.selection import Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require_sound)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
+FAILED = 500
 CLIENT_LEFT = 499  # nobody sees it but the metrics
 
 
@@ -51,11 +53,18 @@ async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     added.set(retrieved)
     response: Response | None
     with raw_request.app.state.engine_client.admit(choices):
-        response = await handler(request, raw_request)
+        try:
+            response = await handler(request, raw_request)
+        except GenerationError as error:
+            response = JSONResponse({}, status_code=error.status_code)
         if isinstance(response, StreamingResponse):
             response = await with_cancellation(_begin)(response, raw_request)
     if response is None:
         return Response(status_code=CLIENT_LEFT)
+    if response.status_code == FAILED:
+        if not _is_constrained(request):
+            raise GenerationFailed("The engine could not finish this request; the server's log says why.")
+        raise RequestError("The schema, grammar, choice or regular expression of this request can't be followed.", "structured_outputs")
     if selection.mode == RAG:
         response = with_usage(response, retrieved)
     response.headers.update(selection.headers())
@@ -122,6 +131,11 @@ def _choices(request: Any, raw_request: Request) -> int:
         if most is not None and asked is not None and asked > most:
             raise RequestError(f"{name} is {str(asked)[:20]}; this server gives at most {most:,}.", name)
     return choices
+
+
+def _is_constrained(request: Any) -> bool:
+    """Whether the request says which tokens may come."""
+    return bool(request.structured_outputs or request.response_format or getattr(request, "tools", None))
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -1,5 +1,6 @@
 """vLLM's OpenAI layer, under one roof: the only names that server.api takes from vLLM."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,11 +17,12 @@ from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_ro
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError, VLLMValidationError
 
 __all__ = [
     "ChatCompletionRequest",
     "CompletionRequest",
+    "GenerationError",
     "create_chat_completion",
     "create_completion",
     "http_exception_handler",
@@ -29,6 +31,7 @@ __all__ = [
     "init_exception_handler",
     "lifespan",
     "limit_tokens",
+    "log_no_client_errors",
     "register_instrumentator_api_routers",
     "tokenize_router",
     "validate_json_request",
@@ -61,3 +64,13 @@ def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
     chat.render_chat_request = limited(chat.render_chat_request, "messages")
     for serving in (completion, chat):
         serving.override_max_tokens = min((n for n in (serving.override_max_tokens, output) if n is not None), default=None)
+
+
+def log_no_client_errors() -> None:
+    """vLLM writes a traceback for whatever ends a stream, a client's mistake and a full queue included; the client is told of those."""
+
+    def ours(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], VLLMClientError | GracefulHTTPError)
+
+    for name in ("completion", "chat_completion"):
+        logging.getLogger(f"vllm.entrypoints.openai.{name}.serving").addFilter(ours)

@@ -14,7 +14,7 @@ import torch
 
 from decoders.package import read_json
 from decoders.retrieval import RetrievalPackage
-from decoders.tokenizer import load_tokenizer
+from decoders.tokenizer import TRUST, load_tokenizer
 from server import logs
 from server.api.limits import Limits, bound_queue
 from server.errors import StartupError
@@ -23,6 +23,7 @@ from server.startup import Models, check_models, with_datastores
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
+SAFE_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's classes say so
     "has state-space layers": "is_hybrid",
     "has no attention": "is_attention_free",
@@ -37,6 +38,7 @@ def serve(argv: list[str]) -> int:
     """Run the server until it is told to stop; returns the exit code. Raises StartupError."""
     set_environment(argv)
     args = parse(argv)
+    require_safe_loading(args)
     models = check_models(args.model, args.decoder, (args.served_model_name or [None])[0])
     models = with_datastores(models, args.datastore, args.skip_broken_datastores)
     configure(args, models)
@@ -57,6 +59,15 @@ def set_environment(argv: list[str]) -> None:
     if "--enforce-eager" in argv:
         # One sampler helper has a torch.compile decorator of its own, and would build C++ at the first request with logprobs.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def require_safe_loading(args: Namespace) -> None:
+    """Load safetensors alone, and run code that comes with a model only if asked to. Raises StartupError for formats that can hold code."""
+    if args.load_format not in SAFE_FORMATS:
+        raise StartupError(f"--load-format {args.load_format}: only safetensors are loaded; wanted one of {', '.join(SAFE_FORMATS)}")
+    if args.load_format == "auto":
+        args.load_format = "safetensors"  # vLLM would fall back to pickles
+    os.environ[TRUST] = "1" if args.trust_remote_code else "0"
 
 
 def small_cpu() -> bool:

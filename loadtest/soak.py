@@ -25,6 +25,7 @@ from run import commit, cpu, server
 
 PROMPTS = ("The results show that", "def read_file(path):", "The court held that", "Net sales increased by", "import os\n\nclass ")
 WRONG = (b"{", b'{"prompt": 5}', b'{"prompt": "x", "n": 1e99}', b'{"prompt": "x", "domain": "\\u0000"}', b"[" * 2000, b"\xff\xfe")
+TIMEOUT = 300  # seconds without a byte after which a request counts as failed
 WARM = 0.25  # share of the run after which memory should be flat: caches, the KV's pages and the allocator's arenas fill up before
 
 
@@ -47,22 +48,27 @@ async def soak(url: str, seconds: float, clients: int) -> list[dict[str, Any]]:
     """Load a server, and take a row a minute (more often in a short run)."""
     counts: Counter[str] = Counter()
     ends, every = time.monotonic() + seconds, min(60.0, seconds / 10)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)) as client:
         offered = (await client.get("/v1/domains")).json()["data"]
         modes = [{}, *({"domain": d["name"], "memory": mode} for d in offered for mode in d["modes"])]
         pid = server_pid(url)
         users = [asyncio.create_task(use(client, modes, random.Random(number), ends, counts)) for number in range(clients)]
         rows: list[dict[str, Any]] = []
+        late = 0.0
         print("| minute | done | left | slow | refused | failed | " + " | ".join(names(pid)) + " |")
         while time.monotonic() < ends:
+            due = time.monotonic() + every
             await asyncio.sleep(every)
+            late += max(0.0, time.monotonic() - due - 1)
             rows.append({"minute": round((seconds - ends + time.monotonic()) / 60, 1), **dict(counts), "memory": memory(pid)})
             shown = " | ".join(str(counts[k]) for k in ("done", "left", "slow", "refused", "failed"))
             print(
                 f"| {rows[-1]['minute']} | {shown} | " + " | ".join(f"{m:.0f} MB" for m in rows[-1]["memory"].values()) + " |", flush=True
             )
         await asyncio.gather(*users)
-        rows.append({"minute": round(seconds / 60, 1), **dict(counts), "memory": memory(pid), **await idle(client)})
+        rows.append(
+            {"minute": round(seconds / 60, 1), **dict(counts), "memory": memory(pid), "stalled": round(late, 1), **await idle(client)}
+        )
     return rows
 
 
@@ -167,7 +173,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         growth[name], level[name] = round(60 * slope, 1), round(points[-1][1], 1)
     totals = {key: rows[-1].get(key, 0) for key in ("done", "left", "slow", "refused", "busy", "failed")}
     held = {key: value for key, value in rows[-1].items() if key.startswith(("num_", "kv_"))}
-    return {"minutes": rows[-1]["minute"], "requests": totals, "megabytes_at_end": level, "megabytes_an_hour": growth, "held_at_end": held}
+    return {
+        "minutes": rows[-1]["minute"],
+        "requests": totals,
+        "seconds_the_machine_stood_still": rows[-1]["stalled"],
+        "megabytes_at_end": level,
+        "megabytes_an_hour": growth,
+        "held_at_end": held,
+    }
 
 
 if __name__ == "__main__":

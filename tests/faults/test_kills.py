@@ -1,9 +1,12 @@
-"""SIGTERM, and an engine that dies: no client hangs, and the exit code tells."""
+"""SIGTERM and SIGKILL of server, engine and worker, a decoder's folder that goes: no client hangs, the exit code tells, a supervisor brings it back."""
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,16 +14,20 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Server, start_server
+from conftest import ROOT, Server, free_port, start_server
+
+from decoders.errors import PackageError
+from decoders.package import Package
 
 BODY = {"prompt": "def f(", "max_tokens": 450, "ignore_eos": True, "domain": "a", "stream": True}
 
 
 @pytest.fixture
 def own_server(toys: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server for one test to end."""
+    """A server for one test to end, on a copy of its decoder, to be broken."""
+    decoder = shutil.copytree(toys / "qwen_a", tmp_path / "decoder")
     running = start_server(
-        tmp_path / "log.txt", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--max-model-len", "512", "--dtype", "float32",
+        tmp_path / "log.txt", str(toys / "base"), "--decoder", f"a={decoder}", "--max-model-len", "512", "--dtype", "float32",
         "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--shutdown-timeout", str(request.param),
     )  # fmt: skip
     yield running
@@ -88,6 +95,130 @@ def test_a_drain_that_takes_too_long_ends_with_an_error_event(own_server: Server
         assert ended
 
 
+@pytest.mark.parametrize("own_server", [5], indirect=True)
+def test_the_engines_death_ends_streams_and_the_server(own_server: Server) -> None:
+    """A decoder truncated and deleted under the server changes no answer. SIGKILL of every engine process: an error event, exit code 1."""
+    body = {**BODY, "max_tokens": 20, "stream": False, "temperature": 0}
+    answers = [httpx.post(f"{own_server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"]]
+    decoder = own_server.log.parent / "decoder"
+    with (decoder / "model.safetensors").open("r+b") as stream:
+        stream.truncate(1000)
+    answers.append(httpx.post(f"{own_server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"])
+    with pytest.raises(PackageError, match="truncated"):
+        Package.open(decoder)
+    shutil.rmtree(decoder)
+    answers.append(httpx.post(f"{own_server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"])
+    assert len(set(answers)) == 1
+    client = Stream(own_server.url)
+    client.start()
+    assert client.started.wait(60)
+    for pid in children(own_server.process.pid):
+        name = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"VLLM" in name or b"spawn_main" in name:
+            os.kill(pid, signal.SIGKILL)
+    assert own_server.process.wait(60) == 1
+    client.join(30)
+    assert not client.is_alive()
+    assert ended_with_an_error(client)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{own_server.url}/health", timeout=5)
+
+
+def ended_with_an_error(client: Stream) -> bool:
+    """Whether a stream told its client that it broke: by an event, or by a connection that was cut."""
+    events = [json.loads(line[6:]) for line in client.lines if line.startswith("data: {")]
+    return client.failure is not None or "error" in events[-1]
+
+
+def test_sigterm_while_starting(toys: Path, tmp_path: Path) -> None:
+    """As the signal does, and nothing stays behind."""
+    words = ["serve", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--enforce-eager", "--port", str(free_port())]
+    with (tmp_path / "log.txt").open("wb") as stream:
+        process = subprocess.Popen([sys.executable, "-m", "server.cli", *words], cwd=ROOT, stdout=stream, stderr=stream)
+    while not any(b"VLLM" in cmdline(pid) for pid in children(process.pid)):
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.2)
+    family = children(process.pid)
+    process.terminate()
+    assert process.wait(60) in (-signal.SIGTERM, 143)
+    wait_until_gone(family)
+
+
+SUPERVISOR = """
+[supervisord]
+nodaemon=true
+logfile={folder}/supervisord.log
+pidfile={folder}/supervisord.pid
+[program:memdec]
+command={command}
+directory={root}
+environment=VLLM_ENABLE_V1_MULTIPROCESSING="1"
+stdout_logfile={folder}/log.txt
+redirect_stderr=true
+autorestart=unexpected
+exitcodes=0
+startsecs=0
+stopwaitsecs=60
+"""
+
+
+@pytest.fixture
+def supervised(toys: Path, tmp_path: Path) -> Iterator[Server]:
+    """The server under a real supervisor, with a worker process of its own."""
+    port = free_port()
+    command = f"{sys.executable} -m server.cli serve {toys / 'base'} --decoder a={toys / 'qwen_a'} --max-model-len 512 --dtype float32"
+    command += f" --enforce-eager --kv-cache-memory-bytes {64 << 20} --port {port}"
+    (tmp_path / "supervisord.conf").write_text(SUPERVISOR.format(folder=tmp_path, root=ROOT, command=command))
+    words = [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(tmp_path / "supervisord.conf")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield Server(f"http://127.0.0.1:{port}", process, tmp_path / "log.txt")
+    family = children(process.pid)
+    process.terminate()
+    process.wait(90)
+    wait_until_gone(family)
+
+
+def test_a_supervisor_brings_it_back(supervised: Server) -> None:
+    """After SIGKILL of the server, whose engine must not stay behind; after SIGKILL of the worker alone, which ends all; not after an end that was asked for."""
+    text = wait_until_answered(supervised)
+    family = children(supervised.process.pid)
+    os.kill(family[0], signal.SIGKILL)
+    wait_until_gone(family)
+    assert wait_until_answered(supervised) == text
+
+    family = children(supervised.process.pid)
+    client = Stream(supervised.url)
+    client.start()
+    assert client.started.wait(60)
+    (worker,) = [pid for pid in family if b"Worker" in cmdline(pid)]
+    os.kill(worker, signal.SIGKILL)
+    client.join(60)
+    assert not client.is_alive() and ended_with_an_error(client)
+    wait_until_gone(family)
+    assert wait_until_answered(supervised) == text
+
+    family = children(supervised.process.pid)
+    os.kill(family[0], signal.SIGTERM)
+    wait_until_gone(family)
+    log = (supervised.log.parent / "supervisord.log").read_text()
+    ends = re.findall(r"exited: memdec \((.*?)\)", log)
+    assert ends == ["terminated by SIGKILL; not expected", "exit status 1; not expected", "exit status 0; expected"]
+
+
+def wait_until_answered(server: Server) -> str:
+    """A completion, as soon as there is a server."""
+    for _ in range(1200):
+        assert server.process.poll() is None
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                body = {**BODY, "max_tokens": 8, "stream": False, "temperature": 0}
+                return str(httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"])
+        except httpx.TransportError:
+            pass
+        time.sleep(0.25)
+    raise AssertionError(server.text()[-3000:])
+
+
 def children(pid: int) -> list[int]:
     """All descendants of a process."""
     listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
@@ -100,37 +231,21 @@ def children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("own_server", [5], indirect=True)
-def test_the_engines_death_ends_streams_and_the_server(own_server: Server) -> None:
-    """SIGKILL of every engine process: an error event in the stream, exit code 1."""
-    client = Stream(own_server.url)
-    client.start()
-    assert client.started.wait(60)
-    for pid in children(own_server.process.pid):
-        name = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if b"VLLM" in name or b"spawn_main" in name:
-            os.kill(pid, signal.SIGKILL)
-    assert own_server.process.wait(60) == 1
-    client.join(30)
-    assert not client.is_alive()
-    events = [json.loads(line[6:]) for line in client.lines if line.startswith("data: {")]
-    assert client.failure is not None or "error" in events[-1]
-    time.sleep(1)
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"{own_server.url}/health", timeout=5)
+def cmdline(pid: int) -> bytes:
+    """What a process calls itself."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
-@pytest.mark.parametrize("own_server", [5], indirect=True)
-def test_no_process_outlives_a_killed_server(own_server: Server) -> None:
-    """SIGKILL of the server itself: its engine must not stay behind, holding memory."""
-    family = children(own_server.process.pid)
-    assert family
-    own_server.process.kill()
-    own_server.process.wait(30)
-    deadline = time.monotonic() + 30
-    while any(running(pid) for pid in family):
-        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in family if running(pid)]
-        time.sleep(0.2)
+def wait_until_gone(family: list[int]) -> None:
+    """Until no process of a family runs."""
+    for _ in range(600):
+        if not any(running(pid) for pid in family):
+            return
+        time.sleep(0.1)
+    raise AssertionError([cmdline(pid) for pid in family if running(pid)])
 
 
 def running(pid: int) -> bool:

@@ -1,12 +1,15 @@
 """The file of API keys, and the options that limit clients: what is taken, and what is refused in one line that tells no key."""
 
+import re
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from server.api.keys import find, read_keys
-from server.api.limits import Limits, bound_queue
+from server.api.limits import QUEUED, Limits, bound_queue
 from server.errors import DomainNotAllowed, StartupError, UnknownDomain
 from server.routing.domains import Domain, Domains
 
@@ -130,3 +133,15 @@ def test_domains_of_one_key() -> None:
         seen.find("b")
     with pytest.raises(UnknownDomain, match=r"Valid domains: a, c\."):
         seen.find("d")
+
+
+def test_the_operations_page(file: Path) -> None:
+    """Names every option with its default, and its file of keys is one."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    for f in fields(Limits):
+        assert f"`--{f.name.replace('_', '-')}" in page or f"--{f.name.replace('_', '-')} " in page, f.name
+    assert f"| {Limits().max_choices} |" in page and f"| {QUEUED} |" in page
+    file.write_text("\n".join(re.findall(r"^    (sk-.*)$", page, re.M)))
+    assert [(k.name, k.domains, k.concurrent) for k in read_keys(file)] == [
+        ("operator", None, None), ("lab", frozenset({"biomed"}), 4), ("visitor", frozenset(), None),
+    ]  # fmt: skip

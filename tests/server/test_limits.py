@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,6 +16,9 @@ import pytest
 from asking import BASE, COMPLETIONS, ask, chat, refused, text
 from conftest import Server, metric, start_server, stop_server
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from server.api.completions import _choices
+from server.api.limits import Limits
 
 OPERATOR, LAB, STRANGER = "sk-operator-7d1f", "sk-lab-93ab", "sk-stranger-55aa"
 QUEUE = 8
@@ -269,3 +273,21 @@ def test_labels_are_configured_names(ops: httpx.Client) -> None:
     assert domains == {"a", "b", "none"}
     assert "evil" not in page
     assert os.environ.get("OTEL_BSP_SCHEDULE_DELAY") is None
+
+
+def test_prompts_in_the_log_when_asked() -> None:
+    """Texts as they are, chats and token ids as JSON; nothing unless asked."""
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": "grüße", "n": 1, "max_tokens": 1}, "grüße"),
+        ({"prompt": [5, 6], "n": 1, "max_tokens": 1}, "[5, 6]"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}], "n": None, "max_tokens": 1, "max_completion_tokens": None},
+            '[{"role": "user", "content": "hi"}]',
+        ),
+    ]
+    for log_prompts in (True, False):
+        state = SimpleNamespace(limits=Limits(log_json=True, log_prompts=log_prompts))
+        for fields, written in asked:
+            raw: Any = SimpleNamespace(app=SimpleNamespace(state=state), state=SimpleNamespace())
+            assert _choices(SimpleNamespace(**fields), raw) == 1
+            assert vars(raw.state) == ({"prompt": written} if log_prompts else {})

@@ -120,10 +120,6 @@ class ShuttingDown(MemdecError):
     status, type = 503, "ServiceUnavailableError"
 
 
-class GenerationFailed(MemdecError):
-    """The engine ended a request with an error of its own."""
-
-
 class QueueFull(MemdecError):
     """The server has as many requests under way and waiting as it takes."""
 

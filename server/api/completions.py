@@ -19,7 +19,7 @@ from server.engine.openai_layer import (
     validate_json_request,
     with_cancellation,
 )
-from server.errors import GenerationFailed, RequestError
+from server.errors import RequestError
 from server.retrieval.rag import Added, added
 from server.routing.domains import NONE, RAG
 from server.routing.selection import Selection, select
@@ -52,19 +52,20 @@ async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     retrieved = Added()
     added.set(retrieved)
     response: Response | None
-    with raw_request.app.state.engine_client.admit(choices):
+    engine = raw_request.app.state.engine_client
+    with engine.admit(choices):
         try:
             response = await handler(request, raw_request)
         except GenerationError as error:
-            response = JSONResponse({}, status_code=error.status_code)
+            if error.status_code != FAILED or not _is_constrained(request):
+                raise
+            raise _cannot_be_followed() from None
         if isinstance(response, StreamingResponse):
             response = await with_cancellation(_begin)(response, raw_request)
     if response is None:
         return Response(status_code=CLIENT_LEFT)
-    if response.status_code == FAILED:
-        if not _is_constrained(request):
-            raise GenerationFailed("The engine could not finish this request; the server's log says why.")
-        raise RequestError("The schema, grammar, choice or regular expression of this request can't be followed.", "structured_outputs")
+    if response.status_code == FAILED and _is_constrained(request) and engine.is_running and not engine.draining:
+        raise _cannot_be_followed()  # streamed, it comes as an event
     if selection.mode == RAG:
         response = with_usage(response, retrieved)
     response.headers.update(selection.headers())
@@ -135,7 +136,13 @@ def _choices(request: Any, raw_request: Request) -> int:
 
 def _is_constrained(request: Any) -> bool:
     """Whether the request says which tokens may come."""
-    return bool(request.structured_outputs or request.response_format or getattr(request, "tools", None))
+    form = request.response_format is not None and request.response_format.type != "text"
+    return bool(request.structured_outputs or form or getattr(request, "tools", None))
+
+
+def _cannot_be_followed() -> RequestError:
+    """What the engine calls an internal error: it found no token that the request allows."""
+    return RequestError("The schema, grammar, choice or regular expression of this request can't be followed.", "structured_outputs")
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -58,8 +58,9 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt requirements/triton.txt
 	$(BIN)/pip install --quiet -r requirements/dev.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton -r requirements/triton.txt
 	touch $@
 
 clean:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from decoders.errors import PackageError
-from decoders.tokenizer import first_line
+from decoders.tokenizer import first_line, trusted
 
 
 def load_model(folder: Path | str) -> PreTrainedModel:
@@ -15,7 +15,9 @@ def load_model(folder: Path | str) -> PreTrainedModel:
         raise PackageError(f"{folder}: no config.json in it; wanted a Hugging Face model folder")
     model: PreTrainedModel
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=trusted()
+        )
     except Exception as error:  # transformers raises many kinds here
         raise PackageError(f"{folder}: can't be loaded as a causal language model ({first_line(error)})") from None
     missing = sorted(told["missing_keys"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from decoders.errors import PackageError, TokenizerMismatch
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TRUST = "MEMDEC_TRUST_REMOTE_CODE"  # in the environment, so that child processes know: "1" if the user has asked to run code that comes with models
 END_OF_TEXT = "<|endoftext|>"
 CHAT_MARKS = ("<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
@@ -37,12 +39,17 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int) -> PreTrainedToke
     )
 
 
+def trusted() -> bool:
+    """Whether code that comes with a model may be run. Transformers, if not told, asks whoever is at the terminal."""
+    return os.environ.get(TRUST) == "1"
+
+
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local folder or hub id. Raises PackageError if there is none."""
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in FILES):
         raise PackageError(f"{folder}: no tokenizer in it (wanted {', '.join(FILES[:-1])} or {FILES[-1]})")
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted())
     except Exception as error:  # transformers raises many kinds here
         raise PackageError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
     return loaded

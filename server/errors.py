@@ -1,5 +1,6 @@
 """Everything that can go wrong in front of a user, as one tree, and how each error looks over HTTP."""
 
+import json
 from typing import Any
 
 
@@ -13,6 +14,10 @@ class MemdecError(Exception):
     def to_body(self) -> dict[str, Any]:
         """The error as OpenAI's JSON object."""
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.status}}
+
+    def to_json(self) -> str:
+        """The same as text, for where no web framework is."""
+        return json.dumps(self.to_body())
 
 
 class StartupError(MemdecError):
@@ -89,6 +94,48 @@ class DomainStays(RequestError):
     status, type, param = 409, "ConflictError", "name"
 
 
+class Forbidden(RequestError):
+    """The API key is right, but not for this."""
+
+    status, type = 403, "PermissionDeniedError"
+
+
+class DomainNotAllowed(Forbidden):
+    """The domain exists, but not for this API key."""
+
+    param = "domain"
+
+
+class TooManyRequests(RequestError):
+    """The API key has as many requests under way as it may."""
+
+    status, type = 429, "RateLimitError"
+
+
+class UnknownModel(RequestError):
+    """No model or alias of that name."""
+
+    status, type, param = 404, "NotFoundError", "model"
+
+
+class HeadersTooLarge(RequestError):
+    """The request's headers are over the limit."""
+
+    status, type = 431, "RequestHeaderFieldsTooLarge"
+
+
+class HeadersTooSlow(RequestError):
+    """The request's headers did not arrive in time."""
+
+    status, type = 408, "RequestTimeout"
+
+
+class BodyTooSlow(RequestError):
+    """The request's body did not arrive in time."""
+
+    status, type = 408, "RequestTimeout"
+
+
 class BodyTooLarge(RequestError):
     """The request's body is over the limit."""
 
@@ -97,5 +144,11 @@ class BodyTooLarge(RequestError):
 
 class ShuttingDown(MemdecError):
     """The server drains: requests under way finish, new ones are refused."""
+
+    status, type = 503, "ServiceUnavailableError"
+
+
+class QueueFull(MemdecError):
+    """The server has as many requests under way and waiting as it takes."""
 
     status, type = 503, "ServiceUnavailableError"

@@ -13,7 +13,7 @@ from decoders.errors import DecoderError
 from decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, read_json, safetensors_header
 from decoders.package import NAME as RECORD
 from decoders.retrieval import RetrievalPackage
-from decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash
+from decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from server.errors import StartupError
 from server.routing.domains import Datastore, Domain, Domains
 
@@ -169,7 +169,7 @@ def resolve(model: str) -> Path:
 def positions(folder: Path) -> int | None:
     """Longest context of a model, from its config."""
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted()).get_text_config()
     except Exception as error:  # transformers raises many kinds here
         raise StartupError(f"{folder / 'config.json'}: {first_line(error)}") from None
     limit = getattr(config, "max_position_embeddings", None)

@@ -46,12 +46,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_server(log: Path, *arguments: str, wait: float = 240) -> Server:
-    """Start `memdec serve` with these arguments and wait until it says that it is ready."""
-    port = free_port()
+def start_server(log: Path, *arguments: str, wait: float = 240, stderr: Path | None = None, port: int | None = None) -> Server:
+    """Start `memdec serve` with these arguments and wait until it says that it is ready. `stderr`: a file of its own for that."""
+    port = port or free_port()
     command = [sys.executable, "-m", "server.cli", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    with log.open("wb") as stream, (stderr or Path(os.devnull)).open("wb") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=errors if stderr else subprocess.STDOUT)
     server = Server(f"http://127.0.0.1:{port}", process, log)
     deadline = time.monotonic() + wait
     while "memdec is ready" not in server.text():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 def main(job_path: str, result_path: str) -> None:

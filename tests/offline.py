@@ -21,9 +21,19 @@ def overrides(toys: Path, kind: str, datastores: dict[str, Path]) -> dict[str, A
 
 
 def run(
-    folder: Path, toys: Path, kind: str | None, mix: list[Row], rounds: int = 1, datastores: dict[str, Path] | None = None, **changes: Any
+    folder: Path,
+    toys: Path,
+    kind: str | None,
+    mix: list[Row],
+    rounds: int = 1,
+    datastores: dict[str, Path] | None = None,
+    variables: dict[str, str] | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
-    """Run a batch of (prompt, domain, lambda[, mode]) through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None."""
+    """Run a batch of (prompt, domain, lambda[, mode]) through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None.
+
+    `variables` are set in the process's environment; `changes` are arguments of the engine, and `sampling`.
+    """
     sampling = {"temperature": 0, "max_tokens": 24, "logprobs": 1, "ignore_eos": True, **changes.pop("sampling", {})}
     engine = {
         "model": str(toys / "base"), "dtype": "float32", "max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20,
@@ -38,7 +48,7 @@ def run(
     job, result = folder / "job.json", folder / "result.json"
     job.write_text(json.dumps({"engine": engine, "requests": requests, "rounds": rounds}))
     script = Path(__file__).parent / "engine_run.py"
-    environment = dict(os.environ)
+    environment = dict(os.environ) | (variables or {})
     if not engine["enforce_eager"]:
         environment.pop("TORCH_COMPILE_DISABLE", None)
     done = subprocess.run(

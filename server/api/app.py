@@ -7,14 +7,17 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api import catalogue, completions, domain_updates, greeting
-from server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes
+from server.api.body import require_sound
+from server.api.limits import Limits
+from server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes, KeyConcurrency, RequestLog, RetryLater
 from server.engine import openai_layer as vllm_api
 from server.errors import MemdecError
+from server.logs import MEMDEC
 from server.routing.domains import Domains
 
 
@@ -23,36 +26,46 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
 
     `updates` is the server.engine.domain_updates.DomainUpdates of a server whose domains may change.
     """
+    limits: Limits = args.limits
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with vllm_api.lifespan(app):
-            print(greeting.ready(args, domains, engine.model_config.max_model_len, time.monotonic() - started), flush=True)
+            ready = greeting.ready(args, domains, engine.model_config.max_model_len, time.monotonic() - started)
+            if limits.log_json:
+                MEMDEC.info(ready.strip())
+            else:
+                print(ready, flush=True)
             yield
 
     app = FastAPI(title="memdec", description="Completions with domain memories", lifespan=lifespan)
-    app.state.domains, app.state.args = domains, args
+    app.state.domains, app.state.args, app.state.limits = domains, args, limits
     app.include_router(completions.router)
     app.include_router(catalogue.router)
     vllm_api.register_instrumentator_api_routers(app)  # /health, /load, /version, /metrics
-    vllm_api.attach_tokenize(app)
+    app.include_router(vllm_api.tokenize_router, dependencies=[Depends(vllm_api.validate_json_request), Depends(require_sound)])
 
     vllm_api.init_exception_handler(app)
     app.exception_handler(HTTPException)(vllm_api.http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form
     app.exception_handler(MemdecError)(error_response)
 
-    keys = [key for key in args.api_key or [] if key]
     app.add_middleware(FreshStepTimes, engine=engine)
-    app.add_middleware(BodyLimit, limit=args.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
     vllm_api.init_entrypoints_middleware(Namespace(**{**vars(args), "api_key": None}), app, ("generate",))
-    if keys:
-        app.add_middleware(ApiKey, keys=keys)
+    if args.keys:
+        app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key)
+        app.add_middleware(ApiKey, keys=args.keys)
     if updates is not None:
         domain_updates.attach(app, updates, args.admin_key)
         updates.publish = partial(_publish, app.state)
-    app.add_middleware(AnswerCount)  # last added, first run
+    app.add_middleware(RetryLater)
+    app.add_middleware(AnswerCount)
+    if limits.log_json:
+        app.add_middleware(RequestLog)  # last added, first run
 
     await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+    vllm_api.log_no_client_errors()
+    vllm_api.limit_tokens(app.state, limits.max_prompt_tokens, limits.max_output_tokens)
     # Answers carry the model name that the client asked for, alias included.
     app.state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
     return app

@@ -5,32 +5,41 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.errors import RequestError
+from server.api.keys import Key
+from server.errors import UnknownModel
 from server.routing.domains import Domains
 
 router = APIRouter()
 CREATED = int(time.time())
 
 
-class UnknownModel(RequestError):
-    """No model or alias of that name."""
+def offered(request: Request) -> Domains:
+    """The domains that this request's API key may use; without keys, all."""
+    domains: Domains = request.app.state.domains
+    key: Key | None = getattr(request.state, "key", None)
+    return domains if key is None or key.domains is None else domains.only(key.may_use)
 
-    status, type, param = 404, "NotFoundError", "model"
+
+def require_model(name: str, domains: Domains) -> None:
+    """Raise UnknownModel unless a model field names the base, or begins as an alias of a domain does."""
+    if name != domains.base and not name.startswith(f"{domains.base}:"):
+        valid = ", ".join([domains.base, *(domains.alias(d) for d in domains)])
+        raise UnknownModel(f"The model {name[:80]!r} does not exist. Valid models: {valid}.")
 
 
 @router.get("/v1/domains")
 async def domains(request: Request) -> dict[str, Any]:
     """All domains: default lambda, revision, size, tokenizer hash, measured perplexities; and slots, if domains may change."""
-    updates = getattr(request.app.state, "domain_updates", None)
-    slots = {"slots": updates.slots_json()} if updates is not None else {}
-    return {"object": "list", "data": [d.to_json() for d in request.app.state.domains], **slots}
+    seen = offered(request)
+    updates: Any = getattr(request.app.state, "domain_updates", None)
+    tells_all = updates is not None and seen is request.app.state.domains  # slots name other keys' domains too
+    return {"object": "list", "data": [d.to_json() for d in seen], **({"slots": updates.slots_json()} if tells_all else {})}
 
 
 @router.get("/v1/domains/{name}")
 async def domain(name: str, request: Request) -> dict[str, Any]:
     """One domain."""
-    found: dict[str, Any] = request.app.state.domains.find(name).to_json()
-    return found
+    return offered(request).find(name).to_json()
 
 
 @router.get("/v1/models")
@@ -49,8 +58,8 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 
 def _cards(request: Request) -> list[dict[str, Any]]:
-    offered: Domains = request.app.state.domains
+    domains = offered(request)
     length = request.app.state.vllm_config.model_config.max_model_len
     shared = {"object": "model", "created": CREATED, "owned_by": "memdec", "max_model_len": length}
-    base = {"id": offered.base, **shared, "root": offered.base, "parent": None}
-    return [base, *({"id": offered.alias(d), **shared, "root": d.name, "parent": offered.base} for d in offered)]
+    base = {"id": domains.base, **shared, "root": domains.base, "parent": None}
+    return [base, *({"id": domains.alias(d), **shared, "root": d.name, "parent": domains.base} for d in domains)]

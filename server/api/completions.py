@@ -1,6 +1,5 @@
 """/v1/completions and /v1/chat/completions: choose the domain, then let vLLM answer."""
 
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -9,10 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from server.api.body import ChatCompletion, Completion, require_sound
+from server.api.catalogue import offered, require_model
+from server.api.limits import Limits
 from server.engine.choice import RESERVED, MemoryChoice
 from server.engine.openai_layer import (
-    ChatCompletionRequest,
-    CompletionRequest,
+    GenerationError,
     create_chat_completion,
     create_completion,
     validate_json_request,
@@ -23,40 +24,48 @@ from server.retrieval.rag import Added, added
 from server.routing.domains import NONE, RAG
 from server.routing.selection import Selection, select
 
-router = APIRouter(dependencies=[Depends(validate_json_request)])
+router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require_sound)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
-COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
-LARGEST_COUNT = 10_000
+FAILED = 500
 CLIENT_LEFT = 499  # nobody sees it but the metrics
 
 
 @router.post("/v1/completions")
-async def completions(request: CompletionRequest, raw_request: Request) -> Response:
+async def completions(request: Completion, raw_request: Request) -> Response:
     """OpenAI's completions, with `domain`, `lambda` and `memory` as further fields or headers."""
     return await _answer(create_completion, request, raw_request)
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(request: ChatCompletionRequest, raw_request: Request) -> Response:
+async def chat_completions(request: ChatCompletion, raw_request: Request) -> Response:
     """OpenAI's chat completions, with the same further fields."""
     return await _answer(create_chat_completion, request, raw_request)
 
 
 async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
-    await _require_unicode(raw_request)
-    require_small_schema(await raw_request.json())
+    choices = _choices(request, raw_request)
     selection = _select(request, raw_request)
-    raw_request.state.selection = selection  # for the metrics
+    raw_request.state.selection = selection  # for the metrics and the log
     _apply(selection, request)
     asked_model.set(request.model)
     retrieved = Added()
     added.set(retrieved)
-    response: Response | None = await handler(request, raw_request)
-    if isinstance(response, StreamingResponse):
-        response = await with_cancellation(_begin)(response, raw_request)
+    response: Response | None
+    engine = raw_request.app.state.engine_client
+    with engine.admit(choices):
+        try:
+            response = await handler(request, raw_request)
+        except GenerationError as error:
+            if error.status_code != FAILED or not _is_constrained(request):
+                raise
+            raise _cannot_be_followed() from None
+        if isinstance(response, StreamingResponse):
+            response = await with_cancellation(_begin)(response, raw_request)
     if response is None:
         return Response(status_code=CLIENT_LEFT)
+    if response.status_code == FAILED and _is_constrained(request) and engine.is_running and not engine.draining:
+        raise _cannot_be_followed()  # streamed, it comes as an event
     if selection.mode == RAG:
         response = with_usage(response, retrieved)
     response.headers.update(selection.headers())
@@ -86,41 +95,6 @@ def _counted(body: dict[str, Any], retrieved: Added) -> dict[str, Any]:
     return body
 
 
-async def _require_unicode(raw_request: Request) -> None:
-    """JSON can spell half of a surrogate pair, which UTF-8 can't: on its way to the engine it would end as a 500."""
-    if b"\\ud" not in (await raw_request.body()).lower():
-        return
-    try:
-        json.dumps(await raw_request.json(), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise RequestError("The body has half of a surrogate pair (\\ud800 to \\udfff alone), which is not text.") from None
-
-
-def require_small_schema(body: dict[str, Any]) -> None:
-    """Refuse JSON schemas that count too far: compiling one takes time and memory in proportion, in the server's own process."""
-    waiting: list[Any] = [body.get(key) for key in ("response_format", "structured_outputs", "tools")]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, str) and node.lstrip().startswith("{"):  # a schema may also come as text
-            with contextlib.suppress(ValueError):
-                node = _parsed(node)
-        if isinstance(node, dict):
-            for key in COUNTS & node.keys():
-                if isinstance(node[key], int | float) and node[key] > LARGEST_COUNT:
-                    raise RequestError(f"{key} is {str(node[key])[:20]} in a JSON schema. It must be at most {LARGEST_COUNT:,}.", key)
-            waiting += node.values()
-        elif isinstance(node, list):
-            waiting += node
-
-
-def _parsed(text: str) -> Any:
-    """JSON from text. Raises ValueError, and RequestError where nesting would exhaust the parser."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise RequestError("A JSON schema given as text is nested too deeply.", "structured_outputs") from None
-
-
 async def _begin(response: StreamingResponse, _: Request) -> Response:
     """Wait for a stream's first event. The engine's own checks come only now: an error in its place is an HTTP error after all."""
     events = aiter(response.body_iterator)
@@ -138,6 +112,44 @@ async def _begin(response: StreamingResponse, _: Request) -> Response:
     return response
 
 
+def _choices(request: Any, raw_request: Request) -> int:
+    """How many answers a request asks for. Raises RequestError if that, or their length, is over the server's limits."""
+    limits: Limits = raw_request.app.state.limits
+    if limits.log_prompts:
+        asked = getattr(request, "prompt", None) or getattr(request, "messages", None)
+        raw_request.state.prompt = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False, default=str)
+    prompts = len(request.prompt) if _is_batch(getattr(request, "prompt", None)) else 1
+    choices = prompts * (request.n or 1)
+    if choices > limits.max_choices:
+        of = f" for each of {prompts} prompts" if prompts > 1 else ""
+        raise RequestError(
+            f"This request asks for {str(request.n or 1)[:20]} choices{of}; this server gives at most {limits.max_choices}.",
+            "n" if (request.n or 1) > 1 else "prompt",
+        )
+    chat = hasattr(request, "max_completion_tokens")
+    for name in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
+        asked, most = getattr(request, name), limits.max_output_tokens
+        if most is not None and asked is not None and asked > most:
+            raise RequestError(f"{name} is {str(asked)[:20]}; this server gives at most {most:,}.", name)
+    return choices
+
+
+def _is_constrained(request: Any) -> bool:
+    """Whether the request says which tokens may come."""
+    form = request.response_format is not None and request.response_format.type != "text"
+    return bool(request.structured_outputs or form or getattr(request, "tools", None))
+
+
+def _cannot_be_followed() -> RequestError:
+    """What the engine calls an internal error: it found no token that the request allows."""
+    return RequestError("The schema, grammar, choice or regular expression of this request can't be followed.", "structured_outputs")
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether a completion's prompt is a list of prompts, not one text or one list of token ids."""
+    return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+
+
 def _select(request: Any, raw_request: Request) -> Selection:
     """The selection of one parsed request. Our fields are unknown to vLLM's classes, which keep such fields in `model_extra`."""
     for name in RESERVED:
@@ -146,7 +158,10 @@ def _select(request: Any, raw_request: Request) -> Selection:
                 f"vllm_xargs.{name} is reserved. Body fields choose a memory: domain, lambda, memory, rag_stride.", "vllm_xargs"
             )
     headers = {name: [value.strip() for value in raw_request.headers.getlist(name)] for name in ("x-domain", "x-lambda", "x-memory")}
-    return select(raw_request.app.state.domains, request.model, headers, request.model_extra or {})
+    domains = offered(raw_request)
+    if request.model is not None:
+        require_model(request.model, domains)
+    return select(domains, request.model, headers, request.model_extra or {})
 
 
 def _apply(selection: Selection, request: Any) -> None:

@@ -1,8 +1,9 @@
-"""Pure ASGI layers around the app: API keys, the limit on request bodies, the count of answers. What they refuse has OpenAI's form."""
+"""Pure ASGI layers around the app: API keys, limits, the count of answers. What they refuse has OpenAI's form."""
 
 import asyncio
 import contextlib
-import hmac
+import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,16 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import metrics
-from server.errors import BodyTooLarge, MemdecError, Unauthorized
+from server.api.keys import Key, find
+from server.errors import BodyTooLarge, BodyTooSlow, Forbidden, MemdecError, RequestError, TooManyRequests, Unauthorized
+from server.logs import REQUESTS
 from server.routing.domains import NONE
 
 OPEN = ("/health",)  # paths that need no key: probes have none
+TELLS_ALL = ("/metrics", "/load")  # paths that are not for keys of some domains
+LONGEST_PATH = 200  # characters in the log
+RETRY_AFTER = (1, 4)  # seconds
+BODY_SECONDS = 60  # a client has them for all of its body; who sends slower holds a connection for nothing
 COUNTED = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -23,43 +30,95 @@ def is_admin(scope: Scope) -> bool:
 
 
 class ApiKey:
-    """401 unless the request carries one of the keys as a bearer token."""
+    """401 unless the request carries one of the keys as a bearer token; the routes find the key in the request's state."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app, self.keys = app, [key.encode() for key in keys]
+    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+        self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request; preflight requests of browsers carry no key by design."""
-        if scope["type"] != "http" or scope["path"] in OPEN or scope["method"] == "OPTIONS" or is_admin(scope) or self._known(scope):
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["method"] == "OPTIONS" or is_admin(scope):
             await self.app(scope, receive, send)
             return
-        await _respond(Unauthorized("The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'."), scope, receive, send)
+        key = find(self.keys, dict(scope["headers"]).get(b"authorization", b""))
+        if key is None:
+            error: RequestError = Unauthorized("The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.")
+            await _respond(error, scope, receive, send)
+        elif key.domains is not None and scope["path"] in TELLS_ALL:
+            error = Forbidden("This API key is for some domains, and this page tells of all.")
+            await _respond(error, scope, receive, send)
+        else:
+            scope.setdefault("state", {})["key"] = key
+            await self.app(scope, receive, send)
 
-    def _known(self, scope: Scope) -> bool:
-        """Compare in constant time, with every key."""
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, token = header.partition(b" ")
-        matches = [hmac.compare_digest(token.strip(), key) for key in self.keys]
-        return bool(scheme.lower() == b"bearer") and any(matches)
+
+class KeyConcurrency:
+    """429 for a request of a key that has as many under way as it may."""
+
+    def __init__(self, app: ASGIApp, limit: int | None) -> None:
+        self.app, self.limit = app, limit
+        self.running: dict[str, int] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count a request from its first byte to the last of its answer, or to the client's leaving."""
+        key: Key | None = scope.get("state", {}).get("key")
+        limit = None if key is None else key.concurrent or self.limit
+        if key is None or limit is None or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        if self.running.get(key.name, 0) >= limit:
+            await _respond(TooManyRequests(f"This API key has {limit} requests under way, its limit."), scope, receive, send)
+            return
+        self.running[key.name] = self.running.get(key.name, 0) + 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.running[key.name] -= 1
+
+
+class RetryLater:
+    """Tells clients when to come again, with every 429 and 503."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Add Retry-After; of a few seconds at random, or all that were refused come back at once."""
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in (429, 503):
+                seconds = random.randint(*RETRY_AFTER)  # noqa: S311
+                message["headers"] = [*message.get("headers", ()), (b"retry-after", str(seconds).encode())]
+            await send(message)
+
+        await self.app(scope, receive, told if scope["type"] == "http" else send)
 
 
 class BodyLimit:
-    """413 for bodies over `limit` bytes. What arrives is counted, so chunked bodies are covered too."""
+    """413 for bodies over `limit` bytes, 408 for those that take over `seconds`. What arrives is counted, so chunked bodies are covered too."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, or cut it off."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen, started = 0, False
+        seen, started, whole = 0, False, False
+        ends = asyncio.get_running_loop().time() + self.seconds
         length = dict(scope["headers"]).get(b"content-length", b"0")
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:  # what comes now is the client's leaving
+                return await receive()
+            try:
+                async with asyncio.timeout_at(ends):
+                    message = await receive()
+            except TimeoutError:
+                raise _Slow from None
+            whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.limit:
                 raise _Overflow
@@ -80,6 +139,11 @@ class BodyLimit:
             await _respond(
                 BodyTooLarge(f"The request's body is over {self.limit:,} bytes, the limit of this server."), scope, receive, send
             )
+        except _Slow:
+            if started:
+                raise
+            error = BodyTooSlow(f"The request's body did not arrive within {self.seconds:g} seconds.")
+            await _respond(error, scope, receive, send, {"connection": "close"})  # or what still comes would be read as the next request
 
 
 class AnswerCount:
@@ -109,6 +173,47 @@ class AnswerCount:
             metrics.REQUESTS.labels(selection.mode if selection is not None else NONE, domain, str(status)).inc()
 
 
+class RequestLog:
+    """One line of the JSON log for every request: who, what, how long, how it ended. Neither keys nor, unless asked for, prompts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write when the answer is complete, or will never be."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, complete, began = 500, False, time.monotonic()
+
+        async def watched(message: Message) -> None:
+            nonlocal status, complete
+            status = message.get("status", status)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        state = scope.setdefault("state", {})
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            client, key, selection = scope.get("client"), state.get("key"), state.get("selection")
+            line = {
+                "client": client[0] if client else None,
+                "method": scope["method"],
+                "path": scope["path"][:LONGEST_PATH],
+                "status": status,
+                "complete": complete,
+                "milliseconds": round(1000 * (time.monotonic() - began), 1),
+                "key": key.name if key is not None else None,
+                "memory": selection.mode if selection is not None else None,
+                "domain": selection.domain.name if selection is not None and selection.domain is not None else None,
+                "lambda": selection.lam if selection is not None and selection.mixed else None,
+            }
+            if "prompt" in state:
+                line["prompt"] = state["prompt"]
+            REQUESTS.info("%s %s", scope["method"], status, extra=line)
+
+
 class FreshStepTimes:
     """Asks the engine for the time its steps have taken, before each scrape."""
 
@@ -123,9 +228,13 @@ class FreshStepTimes:
         await self.app(scope, receive, send)
 
 
+class _Slow(BaseException):
+    """BaseException for the same reason as `_Overflow`."""
+
+
 class _Overflow(BaseException):
     """BaseException, so that FastAPI's body reader doesn't turn it into a 400."""
 
 
-async def _respond(error: MemdecError, scope: Scope, receive: Receive, send: Send) -> None:
-    await JSONResponse(error.to_body(), status_code=error.status)(scope, receive, send)
+async def _respond(error: MemdecError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None) -> None:
+    await JSONResponse(error.to_body(), status_code=error.status, headers=headers)(scope, receive, send)

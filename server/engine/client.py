@@ -2,14 +2,18 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from server.engine import rag
+from server.engine import rag, tracing
+from server.engine.admission import Admission
 from server.engine.choice import SEGMENT, SLOT, MemoryChoice
 from server.engine.shadows import Shadows
 from server.errors import ShuttingDown
@@ -49,6 +53,11 @@ class TimedOutputProcessor(OutputProcessor):
         if iteration_stats is not None and req_state.stats.num_generation_tokens > 1 and not req_state.memory_segment:
             self.timings.finished(req_state.memory_label, iteration_stats.finished_requests[-1].mean_time_per_output_token)
 
+    def do_tracing(self, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
+        """vLLM's span of one request, with what it chose."""
+        with tracing.attributes_of(req_state.memory_label):
+            super().do_tracing(engine_core_output, req_state, iteration_stats)
+
 
 class CutOff(EngineDeadError):
     """What requests still running at the end of the drain end with."""
@@ -81,6 +90,9 @@ class MemoryEngine(AsyncLLM):
         self.input_processor.speculative_config = None
         self.finders: dict[str, PassageFinder] = {}
         """The passages of each domain that has some."""
+        bound, self.scheduler_config.max_num_queued_reqs = self.scheduler_config.max_num_queued_reqs, None
+        self.admission = Admission(bound)
+        tracing.install()
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
         retrieved = [(mode, d["name"]) for d in composite.get("datastores", []) for mode in (KNN, RAG)]
@@ -134,15 +146,25 @@ class MemoryEngine(AsyncLLM):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
-        if choice is None or choice.mode != DECODER or not choice.mixed:
-            return await super().add_request(request_id, prompt, params, *args, **kwargs)
-        params, slot = copy.copy(params), self.slots[choice.domain]
-        params.extra_args = {**params.extra_args, SLOT: slot}
+        slot = self.slots[choice.domain] if choice is not None and choice.mode == DECODER and choice.mixed else 0
+        if slot:
+            params = copy.copy(params)
+            params.extra_args = {**params.extra_args, SLOT: slot}
         self.admitting[slot] += 1
         try:
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
+        except ShuttingDown as error:  # vLLM passes on its own kinds of errors alone
+            raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from None
         finally:
             self.admitting[slot] -= 1
+            self.admission.arrived(getattr(params, "n", 1))
+
+    @contextmanager
+    def admit(self, choices: int) -> Iterator[None]:
+        """Keep room for an HTTP request's choices until the engine has them. Raises QueueFull, and what check_admission raises."""
+        self.check_admission(choices)
+        with self.admission.keep(choices, self.get_num_unfinished_requests()):
+            yield
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new work, let the engine drain for `timeout` seconds, then end whatever is left with an error.
@@ -156,7 +178,7 @@ class MemoryEngine(AsyncLLM):
             handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, CutOff())
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Raise ShuttingDown while draining, and vLLM's own errors when the queue is full."""
+        """Raise ShuttingDown while draining, and vLLM's own error where the queue's tokens are bounded (--max-num-queued-tokens)."""
         if self.draining:
             raise ShuttingDown("The server is shutting down; send the request to another replica.")
         super().check_admission(n, request_id)

@@ -16,7 +16,9 @@ import torch
 
 from decoders.package import read_json
 from decoders.retrieval import RetrievalPackage
-from decoders.tokenizer import load_tokenizer
+from decoders.tokenizer import TRUST, load_tokenizer
+from server import logs
+from server.api.limits import Limits, bound_queue
 from server.engine.domain_updates import ADMIN_KEY, DomainUpdates, UpdateOptions
 from server.errors import StartupError
 from server.retrieval.rag import PassageFinder
@@ -24,6 +26,7 @@ from server.startup import Models, check_models, packages_in, with_datastores
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
+SAFE_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's classes say so
     "has state-space layers": "is_hybrid",
     "has no attention": "is_attention_free",
@@ -40,6 +43,7 @@ def serve(argv: list[str]) -> int:
     """Run the server until it is told to stop; returns the exit code. Raises StartupError."""
     set_environment(argv)
     args = parse(argv)
+    require_safe_loading(args)
     models = check_models(args.model, [*args.decoder, *packages_in(args.decoder_dir)], (args.served_model_name or [None])[0])
     models = with_datastores(models, args.datastore, args.skip_broken_datastores)
     updates = UpdateOptions.of(args, models)
@@ -68,6 +72,15 @@ def set_environment(argv: list[str]) -> None:
     if "--enforce-eager" in argv:
         # One sampler helper has a torch.compile decorator of its own, and would build C++ at the first request with logprobs.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def require_safe_loading(args: Namespace) -> None:
+    """Load safetensors alone, and run code that comes with a model only if asked to. Raises StartupError for formats that can hold code."""
+    if args.load_format not in SAFE_FORMATS:
+        raise StartupError(f"--load-format {args.load_format}: only safetensors are loaded; wanted one of {', '.join(SAFE_FORMATS)}")
+    if args.load_format == "auto":
+        args.load_format = "safetensors"  # vLLM would fall back to pickles
+    os.environ[TRUST] = "1" if args.trust_remote_code else "0"
 
 
 def small_cpu() -> bool:
@@ -128,20 +141,26 @@ def _options(parser: Parser) -> Parser:
     ours.add_argument(
         "--speculate",
         type=int,
-        default=0,
         metavar="K",
-        help="most tokens that a request's memory drafts ahead in a step (default: 0, none)",
+        help=f"most tokens that a request's memory drafts ahead in a step; 0: none (default: {DRAFTED_ON_CPU} on CPUs, 0 on CUDA)",
     )
     ours.add_argument("--print-vllm", action="store_true", help="print the command that serves the same with vLLM's own launcher, and exit")
-    ours.add_argument("--max-body-bytes", type=int, default=2 << 20, help="largest request body accepted (default: 2 MiB)")
+    Limits.add_to(ours)
     return parser
 
 
 def configure(args: Namespace, models: Models) -> None:
     """Fill in what follows from the models. Raises StartupError where the user's options contradict them."""
     from vllm.config import CUDAGraphMode
+    from vllm.config.logging import LoggingConfig
 
     require_supported(models)
+    args.limits = Limits.of(args)
+    args.keys = args.limits.keys(args.api_key or [], models.domains.names)
+    bound_queue(args, args.limits)
+    if args.limits.log_json:
+        logs.write_json()
+        args.logging_config = replace(getattr(args, "logging_config", None) or LoggingConfig(), formatter="json")
     if not 0 <= args.baseline_sample_rate <= 1:
         raise StartupError(f"--baseline-sample-rate {args.baseline_sample_rate}: wanted a number from 0 to 1")
     if args.baseline_sample_rate:
@@ -252,6 +271,7 @@ async def _serve(args: Namespace, models: Models, options: UpdateOptions | None)
     from vllm.usage.usage_lib import UsageContext
 
     from server.api.app import build_app
+    from server.api.protocol import BoundedHttp
     from server.engine.client import MemoryEngine
 
     started = time.monotonic()
@@ -273,7 +293,7 @@ async def _serve(args: Namespace, models: Models, options: UpdateOptions | None)
         app = await build_app(engine, args, models.domains, started, updates)
         stopped = await serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log, timeout_keep_alive=5,
+            http=BoundedHttp, ws="none", **logs.uvicorn_options(args.limits.log_json, not args.disable_uvicorn_access_log), timeout_keep_alive=5,
             timeout_graceful_shutdown=5,  # or a client cut off in mid-answer can hold the exit up
             ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile, ssl_ca_certs=args.ssl_ca_certs, ssl_cert_reqs=args.ssl_cert_reqs,
         )  # fmt: skip

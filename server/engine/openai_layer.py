@@ -1,5 +1,9 @@
 """vLLM's OpenAI layer, under one roof: the only names that server.api takes from vLLM."""
 
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
@@ -7,18 +11,20 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
-from vllm.entrypoints.serve.tokenize.api_router import attach_router as attach_tokenize
+from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError, VLLMValidationError
 
 __all__ = [
     "BaseModelPath",
     "ChatCompletionRequest",
     "CompletionRequest",
-    "attach_tokenize",
+    "GenerationError",
     "create_chat_completion",
     "create_completion",
     "http_exception_handler",
@@ -26,7 +32,47 @@ __all__ = [
     "init_entrypoints_middleware",
     "init_exception_handler",
     "lifespan",
+    "limit_tokens",
+    "log_no_client_errors",
     "register_instrumentator_api_routers",
+    "tokenize_router",
     "validate_json_request",
     "with_cancellation",
 ]
+
+
+def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
+    """Have the app's serving objects refuse prompts of more than `prompt` tokens, and end answers at `output` where a client names no max_tokens.
+
+    Only here is it known how many tokens a prompt has.
+    """
+
+    def limited(render: Callable[..., Awaitable[Any]], parameter: str) -> Callable[..., Awaitable[Any]]:
+        async def rendered(*args: Any, **kwargs: Any) -> Any:
+            found = await render(*args, **kwargs)
+            if prompt is None or isinstance(found, ErrorResponse):
+                return found
+            for one in found[1] if isinstance(found, tuple) else found:  # a chat's come with its conversation
+                if (tokens := len(one["prompt_token_ids"])) > prompt:
+                    raise VLLMValidationError(
+                        f"The prompt has {tokens:,} tokens; this server takes at most {prompt:,}.", parameter=parameter
+                    )
+            return found
+
+        return rendered
+
+    completion, chat = state.openai_serving_completion, state.openai_serving_chat
+    completion.render_completion_request = limited(completion.render_completion_request, "prompt")
+    chat.render_chat_request = limited(chat.render_chat_request, "messages")
+    for serving in (completion, chat):
+        serving.override_max_tokens = min((n for n in (serving.override_max_tokens, output) if n is not None), default=None)
+
+
+def log_no_client_errors() -> None:
+    """vLLM writes a traceback for whatever ends a stream, a client's mistake and a full queue included; the client is told of those."""
+
+    def ours(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], VLLMClientError | GracefulHTTPError)
+
+    for name in ("completion", "chat_completion"):
+        logging.getLogger(f"vllm.entrypoints.openai.{name}.serving").addFilter(ours)

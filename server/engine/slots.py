@@ -43,7 +43,11 @@ class HoldsSlots:
         """Unload a slot's decoder, unless a request that the worker knows uses it still: returns whether it is free."""
         worker: Any = self
         runner = worker.model_runner
-        if any(getattr(request, "memory", (0, 0.0))[0] == slot for request in runner.requests.values()):
+        if hasattr(runner, "requests"):  # V1
+            chosen = [getattr(request, "memory", (0, 0.0)) for request in runner.requests.values()]
+        else:
+            chosen = list(runner.model_state.chosen.values())
+        if any(used == slot for used, _ in chosen):
             return False
         runner.get_model().replace_tower(slot, None)
         return True

@@ -19,7 +19,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from server.engine import expand
-from server.engine.attention import MemoryAttention
+from server.engine.attention import RunnerAttention
 from server.engine.choice import MemoryChoice
 from server.engine.slots import HoldsSlots
 from server.model.attention import attention_names
@@ -33,7 +33,7 @@ class RoutesSteps:
     """Mixin for vLLM's V1 model runners."""
 
     slots: dict[tuple[str, str], int]
-    attention: MemoryAttention
+    attention: RunnerAttention
     last: tuple[tuple[list[RowChoice], int], StepRouting] | None = None
     """The step before: decoding steps are mostly routed alike."""
 
@@ -51,7 +51,7 @@ class RoutesSteps:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
         self.slots = slots_of(runner.model_config.hf_config.memory_decoder)
-        self.attention = MemoryAttention(runner, attention_names(runner.get_model().towers[0]))
+        self.attention = RunnerAttention(runner, attention_names(runner.get_model().towers[0]))
         if runner.speculative_config is not None:
             runner.drafter.attach(runner)
 

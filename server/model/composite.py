@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from vllm.platforms import current_platform
 
 from decoders.retrieval import RetrievalPackage
+from decoders.tokenizer import trusted
 from server.model.attention import share_attention
 from server.model.mixing import mix
 from server.model.packing import pack, unpack
@@ -47,7 +48,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.width = vllm_config.model_config.get_hidden_size()
         self.paths = [Path(d["path"]) for d in spec["decoders"]]
         self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec["base_architecture"]])
-        memory_config = AutoConfig.from_pretrained(self.paths[0])
+        memory_config = AutoConfig.from_pretrained(self.paths[0], trust_remote_code=trusted())
         beside = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
@@ -102,6 +103,13 @@ class MemoryDecoderForCausalLM(nn.Module):
         sliding = kinds is None or all(kind == "sliding_attention" for kind in kinds)
         beside.cache_config.sliding_window = getattr(text_config, "sliding_window", None) if sliding else None
         return beside
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What vLLM's V2 runner asks a model for; its V1 runner is subclassed instead (server.engine.worker)."""
+        from server.engine.model_state import MemoryModelState
+
+        return MemoryModelState
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The base's embeddings, [tokens, H]; the towers embed for themselves."""

@@ -1,10 +1,10 @@
 """The domains a server offers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.errors import UnknownDomain
+from server.errors import DomainNotAllowed, UnknownDomain
 
 DECODER, KNN, RAG, NONE = "decoder", "knn", "rag", "none"
 MODES = (DECODER, KNN, RAG, NONE)
@@ -81,6 +81,8 @@ class Domains:
     base: str
     """The name the base is served under."""
     all: tuple[Domain, ...]
+    withheld: frozenset[str] = frozenset()
+    """Names of domains that are loaded, but not for this client."""
 
     def __iter__(self) -> Iterator[Domain]:
         return iter(self.all)
@@ -91,10 +93,12 @@ class Domains:
         return [d.name for d in self.all]
 
     def find(self, name: str) -> Domain:
-        """The domain called `name`. Raises UnknownDomain, which lists the valid names."""
+        """The domain called `name`. Raises UnknownDomain or DomainNotAllowed, which list the valid names."""
         if (domain := self.get(name)) is not None:
             return domain
-        valid = f"Valid domains: {', '.join(self.names)}." if self.all else "This server has no domains."
+        valid = f"Valid domains: {', '.join(self.names)}." if self.all else "There are no domains to use."
+        if name in self.withheld:
+            raise DomainNotAllowed(f"This API key may not use the domain {name!r}. {valid}")
         raise UnknownDomain(f"The domain {name[:80]!r} does not exist. {valid}")
 
     def alias(self, domain: Domain) -> str:
@@ -119,3 +123,8 @@ class Domains:
     def models(self) -> list[str]:
         """The model names that requests may give: the base, and one alias a domain."""
         return [self.base, *(self.alias(d) for d in self.all)]
+
+    def only(self, allowed: Callable[[str], bool]) -> "Domains":
+        """What a client sees that may use some domains alone."""
+        kept = tuple(d for d in self.all if allowed(d.name))
+        return replace(self, all=kept, withheld=frozenset(self.names) - {d.name for d in kept})

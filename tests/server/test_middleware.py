@@ -13,11 +13,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.middleware import AnswerCount, ApiKey, BodyLimit
+from server.api.keys import Key
+from server.api.middleware import AnswerCount, ApiKey, BodyLimit, KeyConcurrency, RetryLater
 
 LIMIT = 1000
+KEYS = [Key.of("one", "first"), Key.of("second", "second", frozenset({"a"}))]
 
 
 async def echo(request: Request) -> Response:
@@ -34,6 +36,7 @@ async def broken(_: Request) -> Response:
 INNER = Starlette(
     routes=[
         Route("/health", echo),
+        Route("/metrics", echo),
         Route("/v1/completions", echo, methods=["POST", "OPTIONS"]),
         Route("/v1/chat/completions", broken, methods=["POST"]),
     ]
@@ -55,24 +58,81 @@ def request(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Respo
 def test_wrong_keys(header: str | None) -> None:
     """Without one of the keys the answer is a 401 in OpenAI's form that doesn't tell the key."""
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    answer = request(ApiKey(INNER, ["one", "second"]), "POST", "/v1/completions", headers=headers)
+    answer = request(ApiKey(INNER, KEYS), "POST", "/v1/completions", headers=headers)
     assert "one" not in refused(answer, 401, None)
 
 
 @pytest.mark.parametrize("header", ["Bearer one", "bearer second", "Bearer  one"])
 def test_right_keys(header: str) -> None:
     """Any of the keys will do, and the scheme's case doesn't matter."""
-    answer = request(ApiKey(INNER, ["one", "second"]), "POST", "/v1/completions", headers={"Authorization": header})
+    answer = request(ApiKey(INNER, KEYS), "POST", "/v1/completions", headers={"Authorization": header})
     assert answer.status_code == 200
 
 
 def test_open_paths() -> None:
     """Probes and browsers' preflight requests carry no key; unknown paths need one all the same."""
-    app = ApiKey(INNER, ["one"])
+    app = ApiKey(INNER, KEYS)
     assert request(app, "GET", "/health").status_code == 200
     assert request(app, "OPTIONS", "/v1/completions").status_code == 200
     refused(request(app, "GET", "/health/../v1/completions"), 401)
     refused(request(app, "GET", "/nowhere"), 401)
+
+
+def test_pages_about_all_domains() -> None:
+    """A key of some domains doesn't see what goes on in the others."""
+    app = ApiKey(INNER, KEYS)
+    assert request(app, "GET", "/metrics", headers={"Authorization": "Bearer one"}).status_code == 200
+    refused(request(app, "GET", "/metrics", headers={"Authorization": "Bearer second"}), 403)
+
+
+async def answers(app: ASGIApp, scopes: list[dict[str, Any]]) -> list[int]:
+    """Statuses of requests that are all under way at once."""
+    found: list[int] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(0)
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            found.append(message["status"])
+
+    await asyncio.gather(*(app(scope, receive, send) for scope in scopes), return_exceptions=True)
+    return sorted(found)
+
+
+def test_requests_of_one_key_at_once() -> None:
+    """Over its limit is a 429, other keys aren't touched, and what has ended, in whatever way, no longer counts."""
+
+    async def slow(_: Scope, __: Receive, send: Send) -> None:
+        await asyncio.sleep(0.05)
+        await send({"type": "http.response.start", "status": 200})
+        raise ConnectionError
+
+    def scopes(key: Key, count: int) -> list[dict[str, Any]]:
+        return [{"type": "http", "method": "POST", "path": "/", "headers": [], "state": {"key": key}} for _ in range(count)]
+
+    own = Key.of("third", "third", concurrent=1)
+    app = KeyConcurrency(slow, 2)
+    for _ in range(3):
+        mixed = [*scopes(KEYS[0], 4), *scopes(KEYS[1], 2), *scopes(own, 2)]
+        assert asyncio.run(answers(app, mixed)) == [200] * 5 + [429] * 3
+    assert set(app.running.values()) == {0}
+
+
+def test_who_is_refused_is_told_when_to_come_again() -> None:
+    """429 and 503 carry Retry-After, others don't."""
+
+    async def answer(status: int) -> httpx.Headers:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await Response(status_code=status)(scope, receive, send)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(RetryLater(app)), base_url="http://test") as client:
+            return (await client.get("/")).headers
+
+    for status in (429, 503):
+        assert 1 <= int(asyncio.run(answer(status))["retry-after"]) <= 4
+    assert "retry-after" not in asyncio.run(answer(500))
 
 
 async def chunks(size: int) -> AsyncIterator[bytes]:
@@ -101,6 +161,19 @@ def test_body_limit_trusts_no_length() -> None:
         refused(answer, 413)
 
 
+def test_a_body_that_never_ends() -> None:
+    """408 once its time is over, and the connection closes."""
+
+    async def trickle() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(30)
+        yield b"x"
+
+    answer = request(BodyLimit(INNER, LIMIT, seconds=0.05), "POST", "/v1/completions", content=trickle())
+    assert "0.05 seconds" in refused(answer, 408)
+    assert answer.headers["connection"] == "close"
+
+
 def counted(status: int, mode: str = "none", domain: str = "none") -> float:
     """Answers counted so far in this process."""
     labels = {"mode": mode, "domain": domain, "status": str(status)}
@@ -109,7 +182,7 @@ def counted(status: int, mode: str = "none", domain: str = "none") -> float:
 
 def test_every_answer_is_counted() -> None:
     """By its real status: answers of the route, refusals of the layers inside, and errors that nothing handles."""
-    app = AnswerCount(ApiKey(BodyLimit(INNER, LIMIT), ["one"]))
+    app = AnswerCount(ApiKey(BodyLimit(INNER, LIMIT), KEYS))
     key = {"Authorization": "Bearer one"}
     before = [counted(200, "decoder", "test"), counted(401), counted(413), counted(500), counted(405)]
     request(app, "POST", "/v1/completions", headers=key)

@@ -1,0 +1,118 @@
+"""Request bodies before vLLM sees them: what its validators and its engine would fail on is the client's error, and said so."""
+
+import contextlib
+import json
+import re
+from typing import Any
+
+from fastapi import Request
+from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
+
+from server.engine.openai_layer import ChatCompletionRequest, CompletionRequest
+from server.errors import RequestError
+from server.routing.domains import MODES
+
+COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
+LARGEST_COUNT = 10_000
+LARGEST = 1 << 63  # what the engine's messages can carry
+LONGEST_PRIORITY = 18  # characters
+MANY_DIGITS = re.compile(rb"[0-9]{19}")
+OURS = {  # what our routes read beside OpenAI's and vLLM's fields
+    "domain": {"type": "string", "description": "The memory to answer with, one of /v1/domains."},
+    "lambda": {"type": "number", "minimum": 0, "maximum": 1, "description": "How much the memory counts; by default as tuned."},
+    "memory": {"enum": list(MODES), "description": "How the domain is remembered; a domain's modes are in /v1/domains."},
+    "rag_stride": {"type": "integer", "minimum": 1, "description": "With memory 'rag': tokens between retrievals."},
+}
+WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, RecursionError)
+
+
+def _described(schema: dict[str, Any]) -> None:
+    schema["properties"].update(OURS)
+
+
+class Completion(CompletionRequest):
+    """OpenAI's completion request."""
+
+    model_config = ConfigDict(json_schema_extra=_described)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_client_error(cls, body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+        return _validated(body, validate)
+
+
+class ChatCompletion(ChatCompletionRequest):
+    """OpenAI's chat completion request."""
+
+    model_config = ConfigDict(json_schema_extra=_described)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_client_error(cls, body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+        return _validated(body, validate)
+
+
+def _validated(body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+    """vLLM's own validators come before the check of types, and fail in many ways where a field has another than they expect."""
+    try:
+        return validate(body)
+    except WRONG_TYPES as error:
+        raise ValueError(f"a field has not the type that it should have ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+async def require_sound(raw_request: Request) -> None:
+    """Raise RequestError for text that UTF-8 can't spell, for numbers that don't fit 64 bits, and for schemas that count too far."""
+    raw, body = await raw_request.body(), await raw_request.json()
+    if b"\\ud" in raw.lower():
+        _require_unicode(body)
+    if len(raw_request.headers.get("x-vllm-priority", "")) > LONGEST_PRIORITY:
+        raise RequestError("The header X-Vllm-Priority is not a number that fits 64 bits.")
+    if isinstance(body, dict):
+        if MANY_DIGITS.search(raw):
+            _require_64_bits(body)
+        _require_small_schema(body)
+
+
+def _require_unicode(body: Any) -> None:
+    """JSON can spell half of a surrogate pair, which UTF-8 can't: on its way to the engine it would end as a 500."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("The body has half of a surrogate pair (\\ud800 to \\udfff alone), which is not text.") from None
+
+
+def _require_64_bits(body: dict[str, Any]) -> None:
+    """JSON's integers have no end, the engine's have."""
+    for field, value in body.items():
+        waiting = [value]
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, int) and not -LARGEST <= node < LARGEST:
+                raise RequestError(f"{field[:80]} holds an integer that doesn't fit 64 bits.", field[:80])
+            if isinstance(node, dict | list):
+                waiting += node.values() if isinstance(node, dict) else node
+
+
+def _require_small_schema(body: dict[str, Any]) -> None:
+    """Refuse JSON schemas that count too far: compiling one takes time and memory in proportion, in the server's own process."""
+    waiting: list[Any] = [body.get(key) for key in ("response_format", "structured_outputs", "tools")]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, str) and node.lstrip().startswith("{"):  # a schema may also come as text
+            with contextlib.suppress(ValueError):
+                node = _parsed(node)
+        if isinstance(node, dict):
+            for key in COUNTS & node.keys():
+                if isinstance(node[key], int | float) and node[key] > LARGEST_COUNT:
+                    raise RequestError(f"{key} is {str(node[key])[:20]} in a JSON schema. It must be at most {LARGEST_COUNT:,}.", key)
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+
+
+def _parsed(text: str) -> Any:
+    """JSON from text. Raises ValueError, and RequestError where nesting would exhaust the parser."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise RequestError("A JSON schema given as text is nested too deeply.", "structured_outputs") from None

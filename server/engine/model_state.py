@@ -1,0 +1,78 @@
+"""V2 adapter: hands each step's routing to the model by way of vLLM's ModelState, whose `prepare_inputs` gives keywords of `forward`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from server.engine.attention import MemoryAttention
+from server.engine.choice import MemoryChoice
+from server.model.attention import attention_names
+from server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
+from server.model.slots import slots_of
+
+
+class MemoryModelState(DefaultModelState):
+    """What vLLM's V2 runner keeps beside a composite: which memory each request chose."""
+
+    attention: MemoryAttention | None = None
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.slots = slots_of(vllm_config.model_config.hf_config.memory_decoder)
+        self.towers = len(model.towers)
+        self.names = attention_names(model.towers[0])
+        self.chosen: dict[str, tuple[int, float]] = {}
+        """Slot and lambda by request."""
+        self.step: dict[str, Any] = {}
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """Read what a new request chose."""
+        super().add_request(req_index, new_req_data)
+        choice = MemoryChoice.of(new_req_data.sampling_params)
+        memory = (choice.slot or self.slots[choice.mode, choice.domain], choice.lam) if choice and choice.mixed else (NO_DOMAIN, 0.0)
+        self.chosen[new_req_data.req_id] = memory
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget it."""
+        super().remove_request(req_id)
+        self.chosen.pop(req_id, None)
+
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: Any,
+        block_tables: Any,
+        slot_mappings: torch.Tensor,
+        attn_groups: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """vLLM's metadata; and the routing of the step, with a context for each decoder whose tokens aren't all there are."""
+        metadata: dict[str, Any] = super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
+        )
+        if self.attention is None:
+            self.attention = MemoryAttention(self.vllm_config, attn_groups, self.names, self.device)
+        starts = input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
+        lengths = np.diff(starts).tolist()
+        rows = [
+            RowChoice(*self.chosen.get(name, (NO_DOMAIN, 0.0)), length) for name, length in zip(input_batch.req_ids, lengths, strict=False)
+        ]
+        routing = StepRouting.of(rows, input_batch.num_tokens_after_padding, self.device)
+        tables = dict(enumerate(block_tables))
+        contexts = {}
+        for group in routing.groups:
+            if group.tokens is not None and group.slot <= self.towers:
+                slots = {number: slot_mappings[number].index_select(0, group.tokens) for number in self.attention.numbers}
+                seen = input_batch.seq_lens_cpu_upper_bound[group.requests]
+                seq_lens = input_batch.seq_lens.index_select(0, group.requests.to(self.device))
+                contexts[group.slot] = self.attention.of(tables, group.requests, group.lengths, seen, slots, seq_lens)
+        self.step = {"routing": routing, "attention": contexts}
+        return metadata
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Further keywords of the composite's forward. Without metadata (profiling) nobody has a memory."""
+        step, self.step = self.step or {"routing": BASE_ALONE}, {}
+        return {**super().prepare_inputs(input_batch, req_states), **step}

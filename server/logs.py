@@ -1,0 +1,29 @@
+"""The log as JSON: one object a line on stdout, and one line for every request. What vLLM writes has the same fields."""
+
+import logging
+from logging.config import dictConfig
+from typing import Any
+
+FIELDS = "%(asctime)s %(levelname)s %(name)s %(processName)s %(process)d %(message)s"  # those of vLLM's own JSON format
+MEMDEC = logging.getLogger("memdec")
+REQUESTS = logging.getLogger("memdec.requests")
+
+
+def write_json() -> None:
+    """Send everything that this process logs, warnings included, to stdout as JSON."""
+    dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"json": {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": FIELDS}},
+            "handlers": {"stdout": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stdout"}},
+            "root": {"handlers": ["stdout"], "level": "WARNING"},
+            "loggers": {name: {"level": "INFO"} for name in (MEMDEC.name, "uvicorn")},
+        }
+    )
+    logging.captureWarnings(True)
+
+
+def uvicorn_options(log_json: bool, access: bool) -> dict[str, Any]:
+    """What uvicorn is told: to leave the JSON log as it is, whose line a request says more than uvicorn's."""
+    return {"access_log": False, "log_config": None} if log_json else {"access_log": access}

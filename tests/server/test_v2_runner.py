@@ -1,0 +1,43 @@
+"""vLLM's V2 model runner, the default on CUDA, with its kernels in Triton's interpreter: the same parity as the V1 runner's."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from offline import Row, run
+from reference import CODE, FLOAT32, MIX, worst
+
+TRITON = Path(sys.prefix) / "triton"
+pytestmark = pytest.mark.skipif(not TRITON.exists(), reason="no Triton in the environment; make install-dev puts it there")
+V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT / "tests" / "v2_on_cpu", TRITON, ROOT)),
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gpt"])
+def test_prompt_and_generated_logprobs_of_a_mixed_batch(kind: str, toys: Path, tmp_path: Path) -> None:
+    """All domains, none and every lambda, prompts in chunks, in one batch."""
+    result = run(tmp_path, toys, kind, MIX, sampling={"prompt_logprobs": 1, "max_tokens": 8}, variables=V2)
+    assert worst(toys, kind, MIX, result["rounds"][0]) <= FLOAT32
+
+
+def test_cached_prompts_and_preemption(toys: Path, tmp_path: Path) -> None:
+    """A second round on the first one's blocks, with a KV cache too small for the batch."""
+    mix: list[Row] = [(CODE * 12, domain, 0.5 if domain else 0.0) for domain in ("a", "b", None, "a")]
+    result = run(tmp_path, toys, "qwen", mix, rounds=2, sampling={"max_tokens": 12}, variables=V2, num_gpu_blocks_override=6)
+    for records in result["rounds"]:
+        assert worst(toys, "qwen", mix, records) <= FLOAT32
+
+
+def test_untouched_rows_are_those_of_plain_vllm(toys: Path, tmp_path: Path) -> None:
+    """Requests without a domain, or with lambda 0, to the last bit."""
+    plain, ours = (
+        run(tmp_path, toys, kind, MIX, sampling={"prompt_logprobs": 1, "max_tokens": 6}, variables=V2)["rounds"][0]
+        for kind in (None, "qwen")
+    )
+    for i, (_, domain, lam, *_) in enumerate(MIX):
+        if domain is None or lam == 0:
+            assert ours[i] == plain[i]

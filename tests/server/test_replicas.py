@@ -26,7 +26,7 @@ def replicas(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         running = start_server(
-            tmp_path_factory.mktemp("replicas") / "log.txt", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--data-parallel-size", "2",
+            tmp_path_factory.mktemp("replicas") / "log.txt", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--data-parallel-size", "2", "--speculate", "0",
             "--enable-domain-updates", "--domain-root", str(toys), "--admin-key", "admin", "--dtype", "float32", "--max-model-len", "512",
             "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20),
         )  # fmt: skip

@@ -108,6 +108,34 @@ class BodyTooSlow(RequestError):
     status, type = 408, "RequestTimeout"
 
 
+class AdminKeyNeeded(Unauthorized):
+    """Domains are changed with the admin key alone."""
+
+
+class BadPackage(RequestError):
+    """A decoder that can't be loaded beside this base."""
+
+    param = "path"
+
+
+class OutsideRoots(RequestError):
+    """A path outside the folders that decoders may be loaded from."""
+
+    status, type, param = 403, "PermissionDeniedError", "path"
+
+
+class NoSlot(RequestError):
+    """As many decoders are loaded as there is room for."""
+
+    status, type, param = 409, "ConflictError", "name"
+
+
+class DomainStays(RequestError):
+    """A domain that can't be unloaded."""
+
+    status, type, param = 409, "ConflictError", "name"
+
+
 class BodyTooLarge(RequestError):
     """The request's body is over the limit."""
 

@@ -30,7 +30,8 @@ TIME_PER_OUTPUT_TOKEN = Histogram(
 GENERATED_TOKENS = Counter("memdec_generated_tokens", "Tokens generated.", LABELS)
 REQUESTS = Counter("memdec_requests", "Requests answered, by HTTP status.", (*LABELS, "status"))
 SHADOWS = Counter("memdec_shadows", "Decoder requests replayed in a baseline mode: done, failed or dropped.", (*LABELS, "outcome"))
-BUILD = Gauge("memdec_build_info", "Versions, as labels of a constant 1.", ("version", "vllm", "torch", "base"))
+BUILD = Gauge("memdec_build_info", "Versions, as labels of a constant 1.", ("version", "vllm", "torch", "base"), multiprocess_mode="max")
+DOMAIN = Gauge("memdec_domain_info", "Loaded decoders, as labels of a constant 1.", ("domain", "revision"), multiprocess_mode="max")
 
 
 class StepSeconds(Collector):
@@ -59,11 +60,19 @@ class Timings:
     """Per-token observations by mode and domain; label lookups are done once, not per token."""
 
     def __init__(self, pairs: Iterable[Label]) -> None:
-        labels = [NO_LABEL, *pairs]
-        self.first = {label: TIME_TO_FIRST_TOKEN.labels(*label) for label in labels}
-        self.next = {label: INTER_TOKEN_LATENCY.labels(*label) for label in labels}
-        self.mean = {label: TIME_PER_OUTPUT_TOKEN.labels(*label) for label in labels}
-        self.count = {label: GENERATED_TOKENS.labels(*label) for label in labels}
+        self.first: dict[Label, Histogram] = {}
+        self.next: dict[Label, Histogram] = {}
+        self.mean: dict[Label, Histogram] = {}
+        self.count: dict[Label, Counter] = {}
+        self.know([NO_LABEL, *pairs])
+
+    def know(self, labels: Iterable[Label]) -> None:
+        """Prepare for further modes and domains. Those of domains that are unloaded stay: counters never go back."""
+        for label in labels:
+            self.first[label] = TIME_TO_FIRST_TOKEN.labels(*label)
+            self.next[label] = INTER_TOKEN_LATENCY.labels(*label)
+            self.mean[label] = TIME_PER_OUTPUT_TOKEN.labels(*label)
+            self.count[label] = GENERATED_TOKENS.labels(*label)
 
     def tokens(self, label: Label, count: int, seconds: float, first: bool) -> None:
         """Count `count` new tokens that came `seconds` after the arrival (first) or after the previous ones.

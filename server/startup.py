@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from decoders.errors import DecoderError
 from decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, read_json, safetensors_header
+from decoders.package import NAME as RECORD
 from decoders.retrieval import RetrievalPackage
 from decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from server.errors import StartupError
@@ -31,6 +32,8 @@ class Models:
     domains: Domains
     positions: int | None
     """Longest context that all models have, in tokens; None if no config says."""
+    slots: int = 0
+    """Decoders that may be loaded at once, if more than there are at the start."""
 
     def overrides(self) -> dict[str, Any]:
         """vLLM's `hf_overrides`: makes the base's folder load as our composite. Without decoders it stays what it is."""
@@ -40,7 +43,13 @@ class Models:
         datastores = [{"name": d.name, "path": d.datastore.path} for d in self.domains if d.datastore is not None]
         return {
             "architectures": ["MemoryDecoderForCausalLM"],
-            "memory_decoder": {"base_architecture": self.architecture, "decoders": decoders, "datastores": datastores},
+            "memory_decoder": {
+                "base_architecture": self.architecture,
+                "decoders": decoders,
+                "datastores": datastores,
+                "slots": max(self.slots, len(decoders)),
+                "served": {"base": self.domains.base, "domains": [asdict(d) for d in self.domains]},  # for server.engine.endpoint_plugin
+            },
         }
 
 
@@ -99,20 +108,48 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) 
         require_finite(folder, quantised="quantization_config" in config)
     tokenizer = load_tokenizer(folder)
     token_hash = token_map_hash(tokenizer)
-    opened, limits = [], [positions(folder)]
-    for name, path in decoders:
-        package = Package.open(resolve(path), folder)
-        require_finite(package.path)
-        require_room(package, tokenizer, name)
-        # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
-        require_same_token_map(tokenizer, load_tokenizer(package.path), f"decoder {name}")
-        opened.append((name, package))
-        limits.append(positions(package.path))
+    opened = [(name, open_decoder(name, resolve(path), folder, tokenizer)) for name, path in decoders]
+    limits = [positions(folder), *(positions(package.path) for _, package in opened)]
     require_one_shape(opened)
-    domains = tuple(Domain(name, str(p.path), p.lam, p.tuned, p.revision, p.size, token_hash, p.perplexity) for name, p in opened)
+    domains = tuple(domain_of(name, package, token_hash) for name, package in opened)
     known = [limit for limit in limits if limit is not None]
     label = served_name or (folder.name if Path(base).exists() else base)
     return Models(folder, architectures[0], Domains(label, domains), min(known, default=None))
+
+
+def open_decoder(name: str, path: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> Package:
+    """A decoder's folder, with everything checked that can be without the other decoders. `tokenizer` is the base's. Raises StartupError or DecoderError."""
+    package = Package.open(path, base)
+    require_finite(package.path)
+    require_room(package, tokenizer, name)
+    # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
+    require_same_token_map(tokenizer, load_tokenizer(package.path), f"decoder {name}")
+    return package
+
+
+def domain_of(name: str, package: Package, token_hash: str) -> Domain:
+    """What the server says of a checked decoder."""
+    p = package
+    return Domain(name, str(p.path), p.lam, p.tuned, p.revision, p.size, token_hash, p.perplexity)
+
+
+def packages_in(folders: list[str]) -> list[str]:
+    """NAME=PATH for every decoder package in these folders, named like its own folder. Raises StartupError if a folder has none.
+
+    Folders without `memory_decoder.json`, such as a base model's, and hidden ones are none.
+    """
+    found = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise StartupError(f"--decoder-dir {folder}: no such folder")
+        here = sorted(p.parent for p in Path(folder).glob(f"*/{RECORD}") if not p.parent.name.startswith("."))
+        if not here:
+            raise StartupError(f"--decoder-dir {folder}: no folder in it has a {RECORD}; memdec build makes such packages")
+        for path in here:
+            if not DOMAIN.fullmatch(path.name):
+                raise StartupError(f"--decoder-dir {folder}: the name {path.name!r} must be {DOMAIN_RULE}")
+        found += [f"{path.name}={path.resolve()}" for path in here]
+    return found
 
 
 def resolve(model: str) -> Path:

@@ -65,3 +65,18 @@ def worst(toys: Path, kind: str, mix: list[Row], records: list[dict[str, Any]], 
         largest = max(largest, max(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
         assert all(math.isfinite(x) for x in ours)
     return largest
+
+
+@torch.inference_mode()
+def greedy(base: PreTrainedModel, decoder: PreTrainedModel | None, prompt: list[int], count: int) -> list[int]:
+    """The mixture's most probable tokens after a prompt, lambda 0.6."""
+    ids = list(prompt)
+    for _ in range(count):
+        tokens = torch.tensor([ids])
+        p = base(tokens).logits[0, -1].double().softmax(-1)
+        if decoder is not None:
+            logits = decoder(tokens).logits[0, -1].double()
+            p = 0.4 * p
+            p[: len(logits)] += 0.6 * logits.softmax(-1)
+        ids.append(int(p.argmax()))
+    return ids[len(prompt) :]

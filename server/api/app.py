@@ -4,13 +4,14 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api import catalogue, completions, greeting
+from server.api import catalogue, completions, domain_updates, greeting
 from server.api.body import require_sound
 from server.api.limits import Limits
 from server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes, KeyConcurrency, RequestLog, RetryLater
@@ -20,8 +21,11 @@ from server.logs import MEMDEC
 from server.routing.domains import Domains
 
 
-async def build_app(engine: Any, args: Namespace, domains: Domains, started: float) -> FastAPI:
-    """Build the app around a running engine. `started` is the monotonic time at which the process began to."""
+async def build_app(engine: Any, args: Namespace, domains: Domains, started: float, updates: Any = None) -> FastAPI:
+    """Build the app around a running engine. `started` is the monotonic time at which the process began to.
+
+    `updates` is the server.engine.domain_updates.DomainUpdates of a server whose domains may change.
+    """
     limits: Limits = args.limits
 
     @asynccontextmanager
@@ -43,7 +47,7 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
 
     vllm_api.init_exception_handler(app)
     app.exception_handler(HTTPException)(vllm_api.http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form
-    app.exception_handler(MemdecError)(_error_response)
+    app.exception_handler(MemdecError)(error_response)
 
     app.add_middleware(FreshStepTimes, engine=engine)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
@@ -52,6 +56,9 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
         app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key)
         app.add_middleware(ApiKey, keys=args.keys)
     app.add_middleware(RetryLater)
+    if updates is not None:
+        domain_updates.attach(app, updates, args.admin_key)
+        updates.publish = partial(_publish, app.state)
     app.add_middleware(AnswerCount)
     if limits.log_json:
         app.add_middleware(RequestLog)  # last added, first run
@@ -64,7 +71,15 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
     return app
 
 
-async def _error_response(_: Request, error: Exception) -> JSONResponse:
+def _publish(state: Any, domains: Domains) -> None:
+    """Tell the routes, and vLLM's, what may be asked for now."""
+    state.domains = domains
+    paths = state.openai_serving_models.base_model_paths  # one list, which several of vLLM's objects hold
+    paths[:] = [vllm_api.BaseModelPath(name=name, model_path=paths[0].model_path) for name in domains.models]
+
+
+async def error_response(_: Request, error: Exception) -> JSONResponse:
+    """One of our errors as an answer."""
     if not isinstance(error, MemdecError):  # what Starlette's signature allows, but never calls us with
         raise error
     return JSONResponse(error.to_body(), status_code=error.status)

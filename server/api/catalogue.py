@@ -29,8 +29,13 @@ def require_model(name: str, domains: Domains) -> None:
 
 @router.get("/v1/domains")
 async def domains(request: Request) -> dict[str, Any]:
-    """All domains: default lambda, revision, size, tokenizer hash, measured perplexities."""
-    return {"object": "list", "data": [d.to_json() for d in offered(request)]}
+    """All domains: default lambda, revision, size, tokenizer hash, measured perplexities; and slots, if domains may change.
+
+    Slots are shown to whoever may use all domains.
+    """
+    seen, updates = offered(request), getattr(request.app.state, "domain_updates", None)
+    slots = {"slots": updates.slots_json()} if updates is not None and seen is request.app.state.domains else {}
+    return {"object": "list", "data": [d.to_json() for d in seen], **slots}
 
 
 @router.get("/v1/domains/{name}")

@@ -7,7 +7,8 @@ from server.routing.domains import DECODER, KNN, NONE, RAG
 
 MODE, DOMAIN, LAMBDA, STRIDE, OPEN = "memory", "domain", "lambda", "rag_stride", "rag_open"
 SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a later one; set by the engine
-RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT)
+SLOT = "memory_slot"  # where the domain's decoder was when the request reached the engine; set by the engine
+RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT, SLOT)
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class MemoryChoice:
     """With `rag`: retrieve anew every so many tokens; 0: once."""
     open_ended: bool = False
     """With `rag`: the client set no limit to the answer, which may therefore give way to the passage."""
+    slot: int = 0
+    """With `decoder`: the slot of the revision that answers, to the end even if a newer one is loaded; 0: the worker looks the name up."""
 
     @classmethod
     def of(cls, params: Any) -> "MemoryChoice | None":
@@ -28,7 +31,8 @@ class MemoryChoice:
         extra = getattr(params, "extra_args", None)
         if not extra or extra.get(DOMAIN) is None:
             return None
-        return cls(extra[MODE], extra[DOMAIN], float(extra.get(LAMBDA) or 0.0), int(extra.get(STRIDE) or 0), bool(extra.get(OPEN)))
+        lam, stride, slot = float(extra.get(LAMBDA) or 0.0), int(extra.get(STRIDE) or 0), int(extra.get(SLOT) or 0)
+        return cls(extra[MODE], extra[DOMAIN], lam, stride, bool(extra.get(OPEN)), slot)
 
     def to_extra_args(self) -> dict[str, str | float | int]:
         """The entries to put into SamplingParams.extra_args."""

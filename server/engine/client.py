@@ -1,21 +1,24 @@
 """vLLM's AsyncLLM with three additions: cache salts, draining, and per-token timings by domain."""
 
+import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from server.engine import rag, tracing
 from server.engine.admission import Admission
-from server.engine.choice import SEGMENT, MemoryChoice
+from server.engine.choice import SEGMENT, SLOT, MemoryChoice
 from server.engine.shadows import Shadows
 from server.errors import ShuttingDown
 from server.metrics import NO_LABEL, Timings
+from server.model.timing import PARTS
 from server.retrieval.rag import PassageFinder
 from server.routing.domains import DECODER, KNN, NONE, RAG
 
@@ -33,6 +36,7 @@ class TimedOutputProcessor(OutputProcessor):
         state.memory_label = choice.label if choice is not None else NO_LABEL
         extra = getattr(request.sampling_params, "extra_args", None) or {}
         state.memory_segment = extra.get(SEGMENT, 0)
+        state.memory_slot = extra.get(SLOT, 0)
 
     def _update_stats_from_output(self, req_state: Any, engine_core_output: Any, engine_core_timestamp: Any, iteration_stats: Any) -> None:
         first, before = req_state.is_prefilling, req_state.stats.last_token_ts if req_state.stats else 0.0
@@ -71,10 +75,19 @@ class MemoryEngine(AsyncLLM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.equip()
+
+    def equip(self) -> None:
+        """What an AsyncLLM lacks: names, slots and metrics of its memories."""
         composite = getattr(self.vllm_config.model_config.hf_config, "memory_decoder", {"decoders": []})
         self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
         # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
         self.input_processor.speculative_config = None
+        self.slots: dict[str, int] = {name: slot for slot, name in enumerate(self.revisions, 1)}
+        """Where new requests of each domain go."""
+        self.has_memories = bool(self.revisions)
+        self.admitting: Counter[int] = Counter()
+        """Requests on their way into the engine, by slot."""
         self.finders: dict[str, PassageFinder] = {}
         """The passages of each domain that has some."""
         bound, self.scheduler_config.max_num_queued_reqs = self.scheduler_config.max_num_queued_reqs, None
@@ -100,31 +113,50 @@ class MemoryEngine(AsyncLLM):
 
     async def step_times(self) -> dict[str, tuple[float, int]]:
         """Part of a step -> seconds and calls since the start; empty without memories."""
-        if not self.revisions:
+        if not self.has_memories:
             return {}
-        found: list[dict[str, tuple[float, int]]] = await self.collective_rpc("step_times")
-        return found[0]
+        # The ranks of one replica take their steps together; replicas take their own.
+        replicas = [ranks[0] for ranks in await self.everywhere("step_times")]
+        return {part: (sum(r[part][0] for r in replicas), sum(r[part][1] for r in replicas)) for part in PARTS}
+
+    async def everywhere(self, method: str, *args: Any) -> list[list[Any]]:
+        """Call a method on every worker, between two steps: for each replica, each rank's answer."""
+        found: list[list[Any]] = await self.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
+        return found
+
+    def uses(self, slot: int) -> bool:
+        """Whether a request that isn't answered yet was given this slot."""
+        running = (getattr(state, "memory_slot", 0) for state in self.output_processor.request_states.values())
+        return self.admitting[slot] > 0 or slot in running
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The one choke point of all routes: prefix-cache blocks carry the domain and decoder revision that filled them.
 
+        The request is given the slot of that revision, and stays there when the domain gets a newer one.
         A client's own salt is namespaced, or it could name another domain's blocks. Lambda changes no KV, so requests that
         differ in it alone share blocks.
         """
         choice = MemoryChoice.of(params)
         if choice is not None and choice.domain not in self.revisions:
-            raise VLLMValidationError(f"unknown domain, valid: {', '.join(self.revisions)}", parameter="domain")
+            # The routes have checked it: it was unloaded since.
+            raise VLLMNotFoundError(f"The domain {choice.domain!r} does not exist any more. Valid domains: {', '.join(self.revisions)}.")
         salt = cache_salt(choice, self.revisions, prompt.get("cache_salt") if isinstance(prompt, dict) else prompt.cache_salt)
         if salt is not None:
             if isinstance(prompt, dict):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
+        slot = 0
+        if choice is not None and choice.mode == DECODER and choice.mixed:
+            params, slot = copy.copy(params), self.slots[choice.domain]
+            params.extra_args = {**params.extra_args, SLOT: slot}
+        self.admitting[slot] += 1
         try:
             return await super().add_request(request_id, prompt, params, *args, **kwargs)
         except ShuttingDown as error:  # vLLM passes on its own kinds of errors alone
             raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from None
         finally:
+            self.admitting[slot] -= 1
             self.admission.arrived(getattr(params, "n", 1))
 
     @contextmanager

@@ -1,7 +1,9 @@
 """`memdec serve`: command line -> checked models -> engine -> HTTP server -> exit code."""
 
 import asyncio
+import json
 import os
+import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -17,9 +19,10 @@ from decoders.retrieval import RetrievalPackage
 from decoders.tokenizer import TRUST, load_tokenizer
 from server import logs
 from server.api.limits import Limits, bound_queue
+from server.engine.domain_updates import ADMIN_KEY, DomainUpdates, UpdateOptions
 from server.errors import StartupError
 from server.retrieval.rag import PassageFinder
-from server.startup import Models, check_models, with_datastores
+from server.startup import Models, check_models, packages_in, with_datastores
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
@@ -41,12 +44,18 @@ def serve(argv: list[str]) -> int:
     set_environment(argv)
     args = parse(argv)
     require_safe_loading(args)
-    models = check_models(args.model, args.decoder, (args.served_model_name or [None])[0])
+    models = check_models(args.model, [*args.decoder, *packages_in(args.decoder_dir)], (args.served_model_name or [None])[0])
     models = with_datastores(models, args.datastore, args.skip_broken_datastores)
+    updates = UpdateOptions.of(args, models)
+    if updates is not None:
+        models = replace(models, slots=updates.slots)
     configure(args, models)
+    if args.print_vllm:
+        print(vllm_command(args, argv))
+        return 0
     import uvloop
 
-    code: int = uvloop.run(_serve(args, models))
+    code: int = uvloop.run(_serve(args, models, updates))
     return code
 
 
@@ -56,7 +65,9 @@ def set_environment(argv: list[str]) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if small_cpu() and not any(word.startswith(("--tensor", "--pipeline", "--data-parallel", "-tp", "-pp", "-dp")) for word in argv):
+    if small_cpu() and any(word.startswith(("--tensor", "--pipeline", "--data-parallel", "-tp", "-pp", "-dp")) for word in argv):
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM would give each worker a NUMA node, or cores, of its own
+    elif small_cpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # asks for the worker inside the engine's process
     if "--enforce-eager" in argv:
         # One sampler helper has a torch.compile decorator of its own, and would build C++ at the first request with logprobs.
@@ -103,6 +114,9 @@ def _options(parser: Parser) -> Parser:
         "--decoder", action="append", default=[], metavar="NAME=PATH", help="a domain's decoder: a package or a plain checkpoint"
     )
     ours.add_argument(
+        "--decoder-dir", action="append", default=[], metavar="DIR", help="all decoder packages in a folder, each named like its own folder"
+    )
+    ours.add_argument(
         "--datastore", action="append", default=[], metavar="NAME=PATH", help="a domain's retrieval baselines, made by memdec retrieval"
     )
     ours.add_argument("--skip-broken-datastores", action="store_true", help="serve without a datastore that is damaged or another base's")
@@ -114,11 +128,23 @@ def _options(parser: Parser) -> Parser:
         help="share of the decoder requests that is replayed at low priority with the base alone and the domain's baselines (default: 0)",
     )
     ours.add_argument(
+        "--enable-domain-updates", action="store_true", help="load, replace and unload decoders at run time: POST and DELETE /v1/domains"
+    )
+    ours.add_argument("--admin-key", metavar="KEY", help=f"the key that changes domains (better: {ADMIN_KEY} in the environment)")
+    ours.add_argument(
+        "--max-decoders", type=int, metavar="N", help="decoders that may be loaded at once (default: one more than at the start)"
+    )
+    ours.add_argument(
+        "--domain-root", action="append", default=[], metavar="DIR",
+        help="folder that decoders may be loaded from at run time (default: those of --decoder-dir)",
+    )  # fmt: skip
+    ours.add_argument(
         "--speculate",
         type=int,
         metavar="K",
         help=f"most tokens that a request's memory drafts ahead in a step; 0: none (default: {DRAFTED_ON_CPU} on CPUs, 0 on CUDA)",
     )
+    ours.add_argument("--print-vllm", action="store_true", help="print the command that serves the same with vLLM's own launcher, and exit")
     Limits.add_to(ours)
     return parser
 
@@ -153,7 +179,7 @@ def configure(args: Namespace, models: Models) -> None:
         # The front end would choose by request, the engine once: what the one accepts could fail in the other.
         args.structured_outputs_config.backend = "xgrammar"
     args.model = str(models.base)
-    args.served_model_name = [models.domains.base, *(models.domains.alias(d) for d in models.domains)]
+    args.served_model_name = models.domains.models
     args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
     on_cpu = not torch.cuda.is_available()
     if models.domains.all:
@@ -180,11 +206,14 @@ def configure(args: Namespace, models: Models) -> None:
 def _speculate(args: Namespace, models: Models) -> None:
     """Turn `--speculate K` into vLLM's configuration of a drafter."""
     if args.speculate is None:
-        args.speculate = 0 if torch.cuda.is_available() or args.async_scheduling else DRAFTED_ON_CPU
+        unfit = torch.cuda.is_available() or args.async_scheduling or args.tensor_parallel_size > 1
+        args.speculate = 0 if unfit else DRAFTED_ON_CPU
     if not 0 <= args.speculate <= MOST_DRAFTED:
         raise StartupError(f"--speculate {args.speculate}: wanted a number of tokens from 0 to {MOST_DRAFTED}")
     if not args.speculate or not models.domains.all:
         return
+    if args.tensor_parallel_size > 1:
+        raise StartupError("--speculate: wanted --tensor-parallel-size 1; the ranks would draft differently")
     if args.async_scheduling:
         raise StartupError("--async-scheduling: doesn't work with --speculate; leave one of them out")
     args.speculative_config = {
@@ -193,6 +222,30 @@ def _speculate(args: Namespace, models: Models) -> None:
         "num_speculative_tokens": args.speculate,
     }
     args.scheduler_cls = "server.engine.drafter.DraftingScheduler"
+
+
+def vllm_command(args: Namespace, argv: list[str]) -> str:
+    """`vllm serve` with the same models, and our routes as its plugin: for --api-server-count, and for charts that start vLLM themselves."""
+    if not args.hf_overrides or args.enable_domain_updates or args.baseline_sample_rate:
+        raise StartupError("--print-vllm: wanted at least one --decoder, and neither --enable-domain-updates nor --baseline-sample-rate")
+    _, theirs = _options(ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
+    theirs.remove(args.model_tag)
+    options: dict[str, Any] = {
+        "--max-model-len": args.max_model_len,
+        "--hf-overrides": json.dumps(args.hf_overrides),
+        "--worker-cls": args.worker_cls,
+        "--structured-outputs-config.backend": args.structured_outputs_config.backend,
+        "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,
+        "--speculative-config": json.dumps(args.speculative_config) if args.speculate else None,
+        "--scheduler-cls": args.scheduler_cls if args.speculate else None,
+    }
+    added = [
+        word for option, value in options.items() if value is not None and option not in args.explicit for word in (option, str(value))
+    ]
+    if torch.cuda.is_available():
+        added += ["--compilation-config.cudagraph_mode", args.compilation_config.cudagraph_mode.name]
+    command = ["vllm", "serve", args.model, *theirs, "--served-model-name", *args.served_model_name, *added]
+    return f"VLLM_PLUGINS=memdec,memdec_routes VLLM_USE_V2_MODEL_RUNNER=0 {shlex.join(command)}"
 
 
 def require_supported(models: Models) -> None:
@@ -212,7 +265,7 @@ def require_supported(models: Models) -> None:
                 raise StartupError(f"{owner}: {architecture} {kind}, which memory decoders don't work with yet")
 
 
-async def _serve(args: Namespace, models: Models) -> int:
+async def _serve(args: Namespace, models: Models, options: UpdateOptions | None) -> int:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     from vllm.usage.usage_lib import UsageContext
@@ -236,7 +289,8 @@ async def _serve(args: Namespace, models: Models) -> int:
         raise StartupError(f"the engine did not start: {str(error).strip().splitlines()[0]}") from error
     try:
         await _equip(engine, args, models)
-        app = await build_app(engine, args, models.domains, started)
+        updates = DomainUpdates(engine, models, options) if options is not None else None
+        app = await build_app(engine, args, models.domains, started, updates)
         stopped = await serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
             http=BoundedHttp, ws="none", **logs.uvicorn_options(args.limits.log_json, not args.disable_uvicorn_access_log), timeout_keep_alive=5,
@@ -261,6 +315,8 @@ async def _equip(engine: Any, args: Namespace, models: Models) -> None:
     from server.engine.shadows import Shadows, baselines_of
 
     metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
+    for domain in models.domains:
+        metrics.DOMAIN.labels(domain.name, domain.revision).set(1)
     stores = {d.name: d.datastore for d in models.domains if d.datastore is not None}
     tokenizer = load_tokenizer(models.base) if stores else None
     engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}

@@ -8,9 +8,10 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from server.engine.attention import MemoryAttention
 from server.engine.choice import MemoryChoice
+from server.engine.slots import chosen
 from server.model.attention import attention_names
 from server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
-from server.routing.domains import DECODER, KNN
+from server.model.slots import slots_of
 
 
 class MemoryModelState(DefaultModelState):
@@ -20,9 +21,7 @@ class MemoryModelState(DefaultModelState):
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        spec = vllm_config.model_config.hf_config.memory_decoder
-        memories = [(DECODER, d["name"]) for d in spec["decoders"]] + [(KNN, d["name"]) for d in spec.get("datastores", [])]
-        self.slots = {memory: slot for slot, memory in enumerate(memories, 1)}
+        self.slots = slots_of(vllm_config.model_config.hf_config.memory_decoder)
         self.towers = len(model.towers)
         self.names = attention_names(model.towers[0])
         self.chosen: dict[str, tuple[int, float]] = {}
@@ -32,9 +31,7 @@ class MemoryModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Read what a new request chose."""
         super().add_request(req_index, new_req_data)
-        choice = MemoryChoice.of(new_req_data.sampling_params)
-        active = choice is not None and choice.mixed
-        self.chosen[new_req_data.req_id] = (self.slots[choice.mode, choice.domain], choice.lam) if choice and active else (NO_DOMAIN, 0.0)
+        self.chosen[new_req_data.req_id] = chosen(MemoryChoice.of(new_req_data.sampling_params), self.slots)
 
     def remove_request(self, req_id: str) -> None:
         """Forget it."""

@@ -34,7 +34,7 @@ class Shadows:
         if self.engine.draining or self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
             return
         replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"])}
-        for mode, lam in self.baselines[domain]:
+        for mode, lam in self.baselines.get(domain, ((NONE, 0.0),)):  # a domain loaded later has no datastore
             if self.queue.full():
                 metrics.SHADOWS.labels(mode, domain, "dropped").inc()
             else:

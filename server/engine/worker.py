@@ -21,9 +21,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from server.engine import expand
 from server.engine.attention import RunnerAttention
 from server.engine.choice import MemoryChoice
+from server.engine.slots import HoldsSlots, chosen
 from server.model.attention import attention_names
-from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
-from server.routing.domains import DECODER, KNN
+from server.model.routing import RowChoice, StepRouting
+from server.model.slots import slots_of
 
 NONE_KNOWN = torch.zeros(0, 0)
 
@@ -49,9 +50,7 @@ class RoutesSteps:
         """Also find the towers' attention layers in the KV cache."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
-        spec = runner.model_config.hf_config.memory_decoder
-        memories = [(DECODER, d["name"]) for d in spec["decoders"]] + [(KNN, d["name"]) for d in spec.get("datastores", [])]
-        self.slots = {memory: slot for slot, memory in enumerate(memories, 1)}
+        self.slots = slots_of(runner.model_config.hf_config.memory_decoder)
         self.attention = RunnerAttention(runner, attention_names(runner.get_model().towers[0]))
         if runner.speculative_config is not None:
             runner.drafter.attach(runner)
@@ -94,9 +93,7 @@ class RoutesSteps:
     def _row(self, request: Any, tokens: int, known: int) -> RowChoice:
         """A request's row of this step; what it chose is read once and kept with it."""
         if not hasattr(request, "memory"):
-            choice = MemoryChoice.of(request.sampling_params)
-            active = choice is not None and choice.mixed
-            request.memory = (self.slots[choice.mode, choice.domain], choice.lam) if choice is not None and active else (NO_DOMAIN, 0.0)
+            request.memory = chosen(MemoryChoice.of(request.sampling_params), self.slots)
         slot, lam = request.memory
         return RowChoice(slot, lam, tokens, known)
 
@@ -129,7 +126,7 @@ class TellsTimes:
         return times
 
 
-class CPUMemoryWorker(TellsTimes, cpu_worker.CPUWorker):
+class CPUMemoryWorker(HoldsSlots, TellsTimes, cpu_worker.CPUWorker):
     """`worker_cls` on CPUs."""
 
     def init_device(self) -> None:
@@ -140,8 +137,16 @@ class CPUMemoryWorker(TellsTimes, cpu_worker.CPUWorker):
             super().init_device()
 
 
-class GPUMemoryWorker(TellsTimes, gpu_worker.Worker):
+class GPUMemoryWorker(HoldsSlots, TellsTimes, gpu_worker.Worker):
     """`worker_cls` on CUDA devices."""
 
     def _make_model_runner(self) -> RoutedGPUModelRunner:
         return RoutedGPUModelRunner(self.vllm_config, self.device)
+
+    def determine_available_memory(self) -> int:
+        """What vLLM finds for the KV cache, less what decoders need that will be loaded into empty slots."""
+        available: int = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:  # the user has decided
+            return available
+        reserved: int = self.model_runner.get_model().reserved_bytes()
+        return available - reserved

@@ -3,9 +3,10 @@
 Started on the base's own folder with
     hf_overrides={"architectures": ["MemoryDecoderForCausalLM"],
                   "memory_decoder": {"base_architecture": ..., "decoders": [{"name": ..., "path": ..., "lambda": ...}, ...],
-                                     "datastores": [{"name": ..., "path": ...}, ...]}}
+                                     "datastores": [{"name": ..., "path": ...}, ...], "slots": ...}}
 
-Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states.
+Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states. D is `slots`, or the
+number of decoders; slots without a decoder are empty until one is loaded into them (see server.model.slots).
 """
 
 import copy
@@ -28,7 +29,9 @@ from decoders.tokenizer import trusted
 from server.model.attention import share_attention
 from server.model.mixing import mix
 from server.model.packing import pack, unpack
+from server.model.replicated import replicated
 from server.model.routing import Group, StepRouting, positions_by_slot
+from server.model.slots import capacity
 from server.model.timing import StepTimes
 from server.retrieval.knn import KnnMemory, log_probabilities
 
@@ -49,19 +52,32 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
-        self.towers = nn.ModuleList(self._tower(beside, memory_config, maybe_prefix(prefix, f"memory_{i}")) for i in range(len(self.paths)))
-        share_attention(list(self.towers), vllm_config.compilation_config.static_forward_context)
+        self.beside, self.memory_config, self.prefix, self.built = beside, memory_config, prefix, 0
+        towers = [self.build_tower() for _ in self.paths]
+        share_attention(towers, vllm_config.compilation_config.static_forward_context)
+        self.towers = nn.ModuleList([*towers, *[None] * (capacity(spec) - len(towers))])  # type: ignore[list-item]
         self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
         self.times = StepTimes()
 
-    @staticmethod
-    def _tower(beside: VllmConfig, memory_config: PreTrainedConfig, name: str) -> nn.Module:
-        """A decoder's model under a name of its own, for its layers (vLLM reads their number off the only integer between dots) and its
-        compiled code.
-        """
-        with set_model_tag(name):
-            tower: nn.Module = init_vllm_registered_model(beside, prefix=name, hf_config=memory_config)
+    def build_tower(self) -> nn.Module:
+        """A decoder's model without its weights; its attention layers are its own still, and its name, under which code is compiled too."""
+        self.built += 1
+        # vLLM reads the layer number off the only integer between dots.
+        name = maybe_prefix(self.prefix, f"memory_{self.built - 1}")
+        with replicated(), set_model_tag(name):
+            tower: nn.Module = init_vllm_registered_model(self.beside, prefix=name, hf_config=self.memory_config)
         return tower
+
+    def replace_tower(self, slot: int, tower: nn.Module | None) -> None:
+        """Put a complete tower into a slot, or empty it. The first tower stays until another takes its place: it owns the attention layers."""
+        if tower is None and slot == 1:
+            return
+        self.towers[slot - 1] = tower  # type: ignore[assignment]
+
+    def reserved_bytes(self) -> int:
+        """What decoders in the slots that are empty now would take."""
+        size = sum(weight.nbytes for weight in self.towers[0].parameters())
+        return size * sum(tower is None for tower in self.towers)
 
     @staticmethod
     def _tower_config(vllm_config: VllmConfig, memory_config: PreTrainedConfig) -> VllmConfig:
@@ -189,7 +205,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         """
         loaded = {"base": self.base.load_weights(finite(weights, "base"))}
         towers: Iterable[Any] = self.towers
-        for i, (tower, path) in enumerate(zip(towers, self.paths, strict=True)):
+        for i, (tower, path) in enumerate(zip(towers, self.paths, strict=False)):  # slots without a path are empty
             files = [str(f) for f in sorted(path.glob("*.safetensors"))]
             loaded[f"towers.{i}"] = tower.load_weights(finite(safetensors_weights_iterator(files, use_tqdm_on_load=False), str(path)))
         if any(names is None for names in loaded.values()):

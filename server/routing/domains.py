@@ -1,6 +1,6 @@
 """The domains a server offers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,12 @@ class Domain:
     """Measured test perplexities beside this base; empty if never measured."""
     datastore: Datastore | None = None
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "Domain":
+        """From what `dataclasses.asdict` made of one."""
+        store = told["datastore"]
+        return cls(**{**told, "datastore": Datastore(**store) if store is not None else None})
+
     @property
     def modes(self) -> tuple[str, ...]:
         """What a request may ask for."""
@@ -88,9 +94,8 @@ class Domains:
 
     def find(self, name: str) -> Domain:
         """The domain called `name`. Raises UnknownDomain or DomainNotAllowed, which list the valid names."""
-        for domain in self.all:
-            if domain.name == name:
-                return domain
+        if (domain := self.get(name)) is not None:
+            return domain
         valid = f"Valid domains: {', '.join(self.names)}." if self.all else "There are no domains to use."
         if name in self.withheld:
             raise DomainNotAllowed(f"This API key may not use the domain {name!r}. {valid}")
@@ -104,3 +109,22 @@ class Domains:
         """What a client sees that may use some domains alone."""
         kept = tuple(d for d in self.all if allowed(d.name))
         return replace(self, all=kept, withheld=frozenset(self.names) - {d.name for d in kept})
+
+    def get(self, name: str) -> Domain | None:
+        """The domain called `name`, if there is one."""
+        return next((d for d in self.all if d.name == name), None)
+
+    def having(self, domain: Domain) -> "Domains":
+        """The same with a domain added, or in the place of the one of its name."""
+        if domain.name not in self.names:
+            return replace(self, all=(*self.all, domain))
+        return replace(self, all=tuple(domain if d.name == domain.name else d for d in self.all))
+
+    def without(self, name: str) -> "Domains":
+        """The same without the domain called `name`."""
+        return replace(self, all=tuple(d for d in self.all if d.name != name))
+
+    @property
+    def models(self) -> list[str]:
+        """The model names that requests may give: the base, and one alias a domain."""
+        return [self.base, *(self.alias(d) for d in self.all)]

@@ -1,0 +1,65 @@
+"""Slots in the worker: what a request's choice means there, and domain updates, which the front end calls between two steps on every worker."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from server.engine.choice import MemoryChoice
+from server.model.routing import NO_DOMAIN
+from server.model.slots import StagedTower
+
+
+def chosen(choice: MemoryChoice | None, slots: Mapping[tuple[str, str], int]) -> tuple[int, float]:
+    """Slot and lambda of a request; `slots` are those at the start, by mode and domain."""
+    if choice is None or not choice.mixed:
+        return NO_DOMAIN, 0.0
+    return choice.slot or slots[choice.mode, choice.domain], choice.lam
+
+
+class HoldsSlots:
+    """Mixin for workers. Failures come back as text: an exception would end some executors' workers."""
+
+    staged: Any = None
+
+    def stage_decoder(self, slot: int, path: str) -> str | None:
+        """Build an empty tower for a slot; returns what went wrong, or None."""
+        worker: Any = self
+        model, config = worker.model_runner.get_model(), worker.vllm_config.model_config
+        try:
+            self.staged = StagedTower(model, slot, Path(path), config, worker.device)
+        except Exception as error:  # of whatever kind a model's constructor raises
+            return told(error)
+        return None
+
+    def load_staged(self, budget: int) -> bool | str:
+        """Work on weights of about `budget` bytes; returns whether it is complete, or what went wrong."""
+        try:
+            return bool(self.staged.load(budget))
+        except Exception as error:  # of whatever kind a model's loader raises
+            return told(error)
+
+    def install_staged(self) -> None:
+        """Put it into its slot, where requests may name it from now on."""
+        self.staged.install()
+        self.staged = None
+
+    def discard_staged(self) -> None:
+        """Forget what was staged."""
+        if self.staged is not None:
+            self.staged.discard()
+            self.staged = None
+
+    def free_slot(self, slot: int) -> bool:
+        """Unload a slot's decoder, unless a request that the worker knows uses it still: returns whether it is free."""
+        worker: Any = self
+        runner = worker.model_runner
+        if any(getattr(request, "memory", (0, 0.0))[0] == slot for request in runner.requests.values()):
+            return False
+        runner.get_model().replace_tower(slot, None)
+        return True
+
+
+def told(error: Exception) -> str:
+    """One line that says what went wrong; many of vLLM's assertions have no message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,21 @@
+"""Tensor parallelism: the base is sharded over the ranks, the decoders are whole on each.
+
+A decoder is small: sharding it would buy little memory for two more reductions a layer, and its heads need not divide. vLLM's layers ask for their
+tensor-parallel group when they are made, and never again; what is made in this context believes that its rank is the only one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vllm.distributed import parallel_state
+
+
+@contextmanager
+def replicated() -> Iterator[None]:
+    """Have layers that are made meanwhile be whole on every rank."""
+    sharded = parallel_state.get_tp_group()
+    parallel_state._TP = parallel_state.get_pp_group()  # pipelines are refused, so this is a group of one
+    try:
+        yield
+    finally:
+        parallel_state._TP = sharded

@@ -1,0 +1,116 @@
+"""Our routes in vLLM's own server: the command that `memdec serve --print-vllm` prints, with two API server processes."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from asking import memory, refused
+from conftest import ROOT, free_port, metric
+from reference import greedy, hugging_face
+
+PROMPT = [300, 301, 302, 303]
+TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A running `vllm serve`."""
+
+    url: str
+    prometheus: Path
+    """Where its processes keep their metrics."""
+
+
+def entry_points(folder: Path) -> None:
+    """What an installed memdec tells vLLM, for the tree that is being tested."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    made = folder / "memdec_tested-0.dist-info"
+    made.mkdir(parents=True)
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: memdec-tested\nVersion: 0\n")
+    lines = [f"[{group}]\n" + "".join(f"{name} = {where}\n" for name, where in points.items()) for group, points in groups.items()]
+    (made / "entry_points.txt").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def stock(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
+    """vLLM's launcher on the printed command, with two API servers."""
+    root = tmp_path_factory.mktemp("stock")
+    entry_points(root / "installed")
+    (root / "prometheus").mkdir()
+    options = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
+    ask = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        str(toys / "base"),
+        "--decoder",
+        f"a={toys / 'qwen_a'}",
+        "--decoder",
+        f"b={toys / 'qwen_b'}",
+    ]
+    printed = subprocess.run([*ask, *options, "--print-vllm"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    words = shlex.split(printed.stdout.strip().splitlines()[-1])
+    start = words.index("vllm")
+    assert words[start : start + 2] == ["vllm", "serve"]
+    environment = {
+        **os.environ, **dict(word.split("=", 1) for word in words[:start]), "PYTHONPATH": f"{ROOT}:{root / 'installed'}", "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PROMETHEUS_MULTIPROC_DIR": str(root / "prometheus"), "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    port, log = free_port(), root / "log.txt"
+    command = [sys.executable, str(ROOT / "tests" / "vllm_serve.py"), *words[start + 1 :], "--api-server-count", "2", "--port", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen([*command, "--host", "127.0.0.1"], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    while log.read_text(errors="replace").count("Application startup complete") < 2:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise RuntimeError(log.read_text(errors="replace")[-6000:])
+        time.sleep(0.5)
+    yield Stock(url, root / "prometheus")
+    process.terminate()
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
+
+
+def test_two_api_servers(stock: Stock, toys: Path) -> None:
+    """Both answer every domain like Hugging Face, refuse what we refuse, and their metrics add up."""
+    torch.set_num_threads(1)
+    base, a, b = (hugging_face(toys / name, torch.float32) for name in ("base", "qwen_a", "qwen_b"))
+    expected = {name: greedy(base, decoder, PROMPT, TOKENS) for name, decoder in (("base", None), ("base:a", a), ("base:b", b))}
+    body = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+    def ask(number: int) -> tuple[str, Any]:
+        model = list(expected)[number % 3]
+        answer = httpx.post(f"{stock.url}/v1/completions", json={**body, "model": model}, timeout=120)  # a connection of its own
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == model and memory(answer).get("domain", "base") == model.split(":")[-1]
+        return model, answer.json()["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(8) as pool:
+        for model, got in pool.map(ask, range(60)):
+            assert got == expected[model], model
+    assert len(list(stock.prometheus.glob("counter_*.db"))) >= 2, "each API server had some of them"
+    page = httpx.get(f"{stock.url}/metrics").text
+    assert metric(page, "memdec_generated_tokens_total", domain="a", mode="decoder") == 20 * TOKENS
+    assert metric(page, "memdec_generated_tokens_total") == 60 * TOKENS == metric(page, "vllm:generation_tokens_total")
+    assert metric(page, "memdec_requests_total", domain="b", status="200") == 20
+    assert metric(page, "memdec_domain_info", domain="a") == 1
+    assert [d["name"] for d in httpx.get(f"{stock.url}/v1/domains").json()["data"]] == ["a", "b"]
+    assert [m["id"] for m in httpx.get(f"{stock.url}/v1/models").json()["data"]] == list(expected)
+    refused(httpx.post(f"{stock.url}/v1/completions", json={**body, "model": "base", "domain": "c"}), 404, "domain")
+    refused(httpx.post(f"{stock.url}/v1/completions", json={**body, "model": "base:a", "lambda": 2}), 400, "lambda")
+    refused(httpx.post(f"{stock.url}/v1/domains", json={"name": "c", "path": "x"}), 405)

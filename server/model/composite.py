@@ -52,21 +52,28 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
-        self.beside, self.memory_config, self.prefix, self.built = beside, memory_config, prefix, 0
-        towers = [self.build_tower() for _ in self.paths]
+        self.memory_config, self.prefix, self.built = memory_config, prefix, 0
+        towers = [self._tower(beside) for _ in self.paths]
+        self.later = uncompiled(beside)
+        """Configuration of decoders loaded later: compiling one would hold all requests up."""
         share_attention(towers, vllm_config.compilation_config.static_forward_context)
         self.towers = nn.ModuleList([*towers, *[None] * (capacity(spec) - len(towers))])  # type: ignore[list-item]
         self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
         self.times = StepTimes()
 
-    def build_tower(self) -> nn.Module:
-        """A decoder's model without its weights; its attention layers are its own still, and its name, under which code is compiled too."""
+    def _tower(self, beside: VllmConfig) -> nn.Module:
+        """A decoder's model without its weights, under a name of its own, for its layers (vLLM reads their number off the only integer
+        between dots) and its compiled code. Its attention layers are its own still.
+        """
         self.built += 1
-        # vLLM reads the layer number off the only integer between dots.
         name = maybe_prefix(self.prefix, f"memory_{self.built - 1}")
         with replicated(), set_model_tag(name):
-            tower: nn.Module = init_vllm_registered_model(self.beside, prefix=name, hf_config=self.memory_config)
+            tower: nn.Module = init_vllm_registered_model(beside, prefix=name, hf_config=self.memory_config)
         return tower
+
+    def later_tower(self) -> nn.Module:
+        """The same for a decoder that is loaded while the engine runs."""
+        return self._tower(self.later)
 
     def replace_tower(self, slot: int, tower: nn.Module | None) -> None:
         """Put a complete tower into a slot, or empty it. The first tower stays until another takes its place: it owns the attention layers."""
@@ -86,10 +93,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         The copies are shallow: the register of attention layers stays the engine's own.
         """
         beside = copy.copy(vllm_config)
-        beside.compilation_config = copy.copy(vllm_config.compilation_config)
         if not current_platform.is_cpu():  # not tried
-            beside.compilation_config.mode = CompilationMode.NONE
-            beside.compilation_config.custom_ops = ["all"]
+            beside = uncompiled(beside)
         beside.quant_config = None
         # Attention layers that aren't told otherwise take the window from here, where vLLM has put the base's.
         beside.cache_config = copy.copy(vllm_config.cache_config)
@@ -211,6 +216,15 @@ class MemoryDecoderForCausalLM(nn.Module):
         if any(names is None for names in loaded.values()):
             return None
         return {f"{part}.{name}" for part, names in loaded.items() for name in names}
+
+
+def uncompiled(config: VllmConfig) -> VllmConfig:
+    """The same configuration for a model that runs eagerly."""
+    found = copy.copy(config)
+    found.compilation_config = copy.copy(config.compilation_config)
+    found.compilation_config.mode = CompilationMode.NONE
+    found.compilation_config.custom_ops = ["all"]
+    return found
 
 
 def finite(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:

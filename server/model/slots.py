@@ -38,11 +38,11 @@ class StagedTower:
 
     def __init__(self, composite: Any, slot: int, path: Path, model_config: ModelConfig, device: torch.device) -> None:
         self.composite, self.slot, self.model_config, self.device = composite, slot, model_config, device
-        self.registered: dict[str, Any] = composite.beside.compilation_config.static_forward_context
+        self.registered: dict[str, Any] = composite.later.compilation_config.static_forward_context
         before = set(self.registered)
         try:
             with set_default_torch_dtype(model_config.dtype), device:
-                self.tower: Any = composite.build_tower()
+                self.tower: Any = composite.later_tower()
         finally:
             self.own = set(self.registered) - before
         share_attention([composite.towers[0], self.tower], self.registered)

@@ -3,7 +3,10 @@
 import asyncio
 import itertools
 import json
+import os
+import re
 import shutil
+import subprocess
 import time
 from argparse import Namespace
 from collections import Counter, deque
@@ -17,7 +20,7 @@ import httpx
 import pytest
 import torch
 from asking import ABSENT, ask, refused, text
-from conftest import Server, metric, start_server, stop_server
+from conftest import ROOT, Server, metric, start_server, stop_server
 from reference import greedy, hugging_face
 from safetensors.torch import load_file, save_file
 from toys import QWEN_ROWS, qwen
@@ -31,6 +34,7 @@ ADMIN, USER = {"Authorization": "Bearer the admin's"}, {"Authorization": "Bearer
 VERSIONS = [f"v{i}" for i in range(1, 7)]
 SLOTS = 4
 TOKENS = 10
+LAUNCH = (ROOT / "server" / "engine" / "launch.py").read_text()
 REQUESTS = 1000
 PREFIXES = [[100 + (salt * 137 + i * i * 11 + i * salt) % 900 for i in range(300)] for salt in (1, 2)]  # two cache blocks and more
 PROMPTS = [[*prefix, 200 + i] for prefix in PREFIXES for i in range(2)] + [[300, 301, 302], [400, 401]]
@@ -57,7 +61,7 @@ def changing(toys: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory)
         patch.setenv("OMP_NUM_THREADS", "1")  # enough for toys, and threads that wait for each other are slow on a busy machine
         running = start_server(
             tmp_path_factory.mktemp("changing") / "log.txt", str(toys / "base"), "--decoder-dir", str(folder), "--enable-domain-updates",
-            "--max-decoders", str(SLOTS), "--speculate", "3", "--api-key", USER["Authorization"].removeprefix("Bearer "), "--dtype", "float32",
+            "--max-decoders", str(SLOTS), "--api-key", USER["Authorization"].removeprefix("Bearer "), "--dtype", "float32",
             "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20),
         )  # fmt: skip
     yield running
@@ -165,6 +169,23 @@ def test_the_domains_of_the_start_can_go_and_come_back(http: httpx.Client, expec
     with ThreadPoolExecutor(SLOTS) as pool:
         answers = pool.map(lambda v: [tokens(http, p, domain=v) for p in PROMPTS], VERSIONS[:SLOTS])
         assert list(answers) == [expected[v] for v in VERSIONS[:SLOTS]]
+
+
+def test_the_pages_commands(http: httpx.Client) -> None:
+    """docs/domains.md: the three curls as printed, on this server and its folder; its first block's options are the command's."""
+    page = (ROOT / "docs" / "domains.md").read_text()
+    start, curls = re.findall(r"```sh\n(.*?)```", page, re.S)
+    for option in re.findall(r"--[\w-]+", start):
+        assert option in LAUNCH, option
+    codes = []
+    for line in curls.splitlines():
+        line = line.replace("http://127.0.0.1:8000", str(http.base_url).rstrip("/")).replace('"papers-', '".v')
+        environment = {**os.environ, ADMIN_KEY: ADMIN["Authorization"].removeprefix("Bearer ")}
+        done = subprocess.run(
+            ["bash", "-c", f"{line} -s -w ' %{{http_code}}'"], capture_output=True, text=True, env=environment, timeout=60
+        )
+        codes.append(done.stdout.split()[-1])
+    assert codes == ["201", "200", "200"]
 
 
 def test_the_same_revision_again_loads_nothing(http: httpx.Client, folder: Path) -> None:

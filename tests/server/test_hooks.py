@@ -5,14 +5,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from vllm.config.compilation import CompilationConfig
+from vllm.distributed import parallel_state
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import utils as loader
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.worker import cpu_worker, gpu_worker
@@ -97,3 +102,16 @@ def test_rag_and_shadows() -> None:
     assert parameters(IncrementalDetokenizer.get_next_output_text) == ["self", "finished", "delta"]
     assert set(NOT_STRIDED) <= set(SamplingParams.__struct_fields__)
     assert hasattr(AsyncLLM, "collective_rpc")
+
+
+def test_domain_updates_and_replicas() -> None:
+    """What loading a decoder at run time, several engines, a sharded base and the plugin form lean on."""
+    assert parameters(AsyncMPClient.call_utility_all_async) == ["self", "method", "args"]
+    assert parameters(EngineCore.collective_rpc) == ["self", "method", "timeout", "args", "kwargs"]
+    assert parameters(loader.device_loading_context) == ["module", "target_device"]
+    assert "quant_method.process_weights_after_loading(module)" in inspect.getsource(loader.process_weights_after_loading)
+    assert "request_states" in inspect.getsource(OutputProcessor.__init__)
+    source = inspect.getsource(OpenAIServingModels.__init__)
+    assert "self.base_model_paths = base_model_paths" in source and "base_model_paths=base_model_paths" in source, "one list"
+    assert "return _TP" in inspect.getsource(parallel_state.get_tp_group)
+    assert {"attach_router", "init_state", "name", "required_tasks"} <= set(dir(EndpointPlugin)) | set(EndpointPlugin.__annotations__)

@@ -16,7 +16,7 @@ EMBEDDED = $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) --data
   --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456
 QUIET := env VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
 
-.PHONY: serve loadtest bench growth test check format install install-dev clean
+.PHONY: serve loadtest bench bench-gpu growth test check format install install-dev clean
 
 serve: install $(CACHE)/retrieval/python/retrieval.json  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
 	exec $(QUIET) $(BIN)/memdec serve $(EMBEDDED) --host $(HOST) --port $(PORT)
@@ -30,6 +30,9 @@ loadtest: install-dev $(CACHE)/retrieval/python/retrieval.json  ## load a server
 
 bench: install-dev  ## what a memory costs and what speculation saves, over plain vLLM: 20 GB of memory, half an hour
 	$(QUIET) $(BIN)/python loadtest/bench.py $(BENCH)
+
+bench-gpu:  ## the paper's shapes on a CUDA device, with an environment of your own: PYTHON=... has torch and transformers
+	PYTHONPATH=. $(PYTHON) loadtest/bench_gpu.py $(BENCH)
 
 growth: install-dev $(CACHE)/retrieval/python/retrieval.json  ## milliseconds per token as the datastore grows to 10 M entries: 16 GB of memory, 10 GB of disk
 	$(QUIET) $(BIN)/python loadtest/growth.py $(GROWTH)

@@ -66,34 +66,6 @@ class Unauthorized(RequestError):
     status, type = 401, "AuthenticationError"
 
 
-class AdminKeyNeeded(Unauthorized):
-    """Domains are changed with the admin key alone."""
-
-
-class BadPackage(RequestError):
-    """A decoder that can't be loaded beside this base."""
-
-    param = "path"
-
-
-class OutsideRoots(RequestError):
-    """A path outside the folders that decoders may be loaded from."""
-
-    status, type, param = 403, "PermissionDeniedError", "path"
-
-
-class NoSlot(RequestError):
-    """As many decoders are loaded as there is room for."""
-
-    status, type, param = 409, "ConflictError", "name"
-
-
-class DomainStays(RequestError):
-    """A domain that can't be unloaded."""
-
-    status, type, param = 409, "ConflictError", "name"
-
-
 class Forbidden(RequestError):
     """The API key is right, but not for this."""
 
@@ -134,6 +106,34 @@ class BodyTooSlow(RequestError):
     """The request's body did not arrive in time."""
 
     status, type = 408, "RequestTimeout"
+
+
+class AdminKeyNeeded(Unauthorized):
+    """Domains are changed with the admin key alone."""
+
+
+class BadPackage(RequestError):
+    """A decoder that can't be loaded beside this base."""
+
+    param = "path"
+
+
+class OutsideRoots(RequestError):
+    """A path outside the folders that decoders may be loaded from."""
+
+    status, type, param = 403, "PermissionDeniedError", "path"
+
+
+class NoSlot(RequestError):
+    """As many decoders are loaded as there is room for."""
+
+    status, type, param = 409, "ConflictError", "name"
+
+
+class DomainStays(RequestError):
+    """A domain that can't be unloaded."""
+
+    status, type, param = 409, "ConflictError", "name"
 
 
 class BodyTooLarge(RequestError):

@@ -1,6 +1,7 @@
 """The locust users against a real server: every mode is asked for, streamed, plain and as a chat, and nothing fails."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,47 @@ def test_a_server_that_refuses_counts_as_failures(server: Server, tmp_path: Path
     )  # fmt: skip
     assert done.returncode == 1
     assert "HTTP 400" in done.stdout + done.stderr
+
+
+def test_the_gpu_benchmark_runs_to_its_last_line() -> None:
+    """On a CPU with tiny models: what it prints is a table and one JSON line."""
+    command = [
+        sys.executable,
+        str(ROOT / "loadtest" / "bench_gpu.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--batches",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert set(last["ratio"]) == {"1.5B+0.5B b2", "7B+0.5B b2"}
+    assert all(row["floor"] == 2.0 and row["in turn"] > 0 for row in last["ratio"].values())
+
+
+def test_the_benchmarks_report_and_ratios() -> None:
+    """Every key that is promised, from figures made up."""
+    sys.path.insert(0, str(ROOT / "loadtest"))
+    from bench import ratio, report
+
+    row = {"ms": {"median": 2.0, "min": 1.0, "max": 3.0}, "ratio": {"median": 1.2, "min": 1.1, "max": 1.3}}
+    names = ("plain", "no_domain", "one_domain", "two_domains", "reference")
+    found = {
+        "hardware": "h", "commit": "c", "command": "make bench", "floor": {"37M": 1.1, "0.1B": 1.3},
+        "shapes": {f"b{n}": dict.fromkeys(names, row) for n in (1, 8, 32)},
+        "embedded": {f"b{n} {way}": {"adaptive": {**row, "acceptance": {"law": [0.9]}}} for n in (1, 8, 32) for way in ("greedy", "sampled")},
+    }  # fmt: skip
+    for batch in ratio(found).values():
+        assert set(batch) == {
+            "no_domain", "one_domain", "one_domain_over_floor", "two_domains", "two_domains_over_floor", "reference", "speculative_greedy",
+            "speculative_sampled",
+        }  # fmt: skip
+        assert batch["one_domain_over_floor"] == 1.091
+        assert batch["two_domains_over_floor"] == 1.0
+    assert "| 8 | two_domains | 2.00 | **1.20** (1.10 to 1.30) |" in report(found)

@@ -59,6 +59,9 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
         domain_updates.attach(app, updates, args.admin_key)
         updates.publish = partial(_publish, app.state)
     app.add_middleware(RetryLater)
+    if updates is not None:
+        domain_updates.attach(app, updates, args.admin_key)
+        updates.publish = partial(_publish, app.state)
     app.add_middleware(AnswerCount)
     if limits.log_json:
         app.add_middleware(RequestLog)  # last added, first run

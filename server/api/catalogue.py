@@ -29,11 +29,13 @@ def require_model(name: str, domains: Domains) -> None:
 
 @router.get("/v1/domains")
 async def domains(request: Request) -> dict[str, Any]:
-    """All domains: default lambda, revision, size, tokenizer hash, measured perplexities; and slots, if domains may change."""
-    seen = offered(request)
-    updates: Any = getattr(request.app.state, "domain_updates", None)
-    tells_all = updates is not None and seen is request.app.state.domains  # slots name other keys' domains too
-    return {"object": "list", "data": [d.to_json() for d in seen], **({"slots": updates.slots_json()} if tells_all else {})}
+    """All domains: default lambda, revision, size, tokenizer hash, measured perplexities; and slots, if domains may change.
+
+    Slots are shown to whoever may use all domains.
+    """
+    seen, updates = offered(request), getattr(request.app.state, "domain_updates", None)
+    slots = {"slots": updates.slots_json()} if updates is not None and seen is request.app.state.domains else {}
+    return {"object": "list", "data": [d.to_json() for d in seen], **slots}
 
 
 @router.get("/v1/domains/{name}")

@@ -81,13 +81,13 @@ class MemoryEngine(AsyncLLM):
         """What an AsyncLLM lacks: names, slots and metrics of its memories."""
         composite = getattr(self.vllm_config.model_config.hf_config, "memory_decoder", {"decoders": []})
         self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
+        # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
+        self.input_processor.speculative_config = None
         self.slots: dict[str, int] = {name: slot for slot, name in enumerate(self.revisions, 1)}
         """Where new requests of each domain go."""
         self.has_memories = bool(self.revisions)
         self.admitting: Counter[int] = Counter()
         """Requests on their way into the engine, by slot."""
-        # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
-        self.input_processor.speculative_config = None
         self.finders: dict[str, PassageFinder] = {}
         """The passages of each domain that has some."""
         bound, self.scheduler_config.max_num_queued_reqs = self.scheduler_config.max_num_queued_reqs, None
@@ -146,9 +146,9 @@ class MemoryEngine(AsyncLLM):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
-        slot = self.slots[choice.domain] if choice is not None and choice.mode == DECODER and choice.mixed else 0
-        if slot:
-            params = copy.copy(params)
+        slot = 0
+        if choice is not None and choice.mode == DECODER and choice.mixed:
+            params, slot = copy.copy(params), self.slots[choice.domain]
             params.extra_args = {**params.extra_args, SLOT: slot}
         self.admitting[slot] += 1
         try:

@@ -19,14 +19,12 @@ from server import metrics
 from server.api import catalogue, completions
 from server.api.app import error_response
 from server.api.limits import Limits
-from server.api.middleware import AnswerCount, BodyLimit
+from server.api.middleware import AnswerCount, BodyLimit, RetryLater
 from server.engine.client import MemoryEngine
 from server.engine.openai_layer import http_exception_handler
 from server.errors import MemdecError
 from server.retrieval.rag import PassageFinder
 from server.routing.domains import Domain, Domains
-
-LIMITS = Limits()
 
 
 class MemoryRoutes:
@@ -41,7 +39,8 @@ class MemoryRoutes:
         app.include_router(catalogue.router)
         app.exception_handler(HTTPException)(http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form
         app.exception_handler(MemdecError)(error_response)
-        app.add_middleware(BodyLimit, limit=LIMITS.max_body_bytes)
+        app.add_middleware(BodyLimit, limit=Limits().max_body_bytes)
+        app.add_middleware(RetryLater)
         app.add_middleware(AnswerCount)
 
     async def init_state(self, engine_client: Any, state: Any, _: Namespace) -> None:
@@ -58,5 +57,5 @@ class MemoryRoutes:
         metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, domains.base).set(1)
         for domain in domains:
             metrics.DOMAIN.labels(domain.name, domain.revision).set(1)
-        state.domains, state.limits = domains, LIMITS
+        state.domains, state.limits = domains, Limits()
         state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.sample import rejection_sampler
-
-KERNEL = "expand_kernel"
 
 
 def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, replace_to: float, *_: Any, **__: Any) -> None:
@@ -21,5 +20,7 @@ def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, re
 
 
 def install() -> None:
-    """Let vLLM's rejection sampler use it from now on."""
-    getattr(rejection_sampler, KERNEL)._impl = expand
+    """Let vLLM's rejection sampler use it from now on, once vLLM has put its stand-ins in place."""
+    kernel: Any = rejection_sampler.expand_kernel
+    if isinstance(kernel, KernelOverride):  # with a Triton for CPUs the kernel itself runs
+        kernel._impl = expand

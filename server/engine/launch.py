@@ -206,8 +206,8 @@ def configure(args: Namespace, models: Models) -> None:
 def _speculate(args: Namespace, models: Models) -> None:
     """Turn `--speculate K` into vLLM's configuration of a drafter."""
     if args.speculate is None:
-        alone = not args.async_scheduling and args.tensor_parallel_size == 1
-        args.speculate = DRAFTED_ON_CPU if alone and not torch.cuda.is_available() else 0
+        unfit = torch.cuda.is_available() or args.async_scheduling or args.tensor_parallel_size > 1
+        args.speculate = 0 if unfit else DRAFTED_ON_CPU
     if not 0 <= args.speculate <= MOST_DRAFTED:
         raise StartupError(f"--speculate {args.speculate}: wanted a number of tokens from 0 to {MOST_DRAFTED}")
     if not args.speculate or not models.domains.all:

@@ -8,6 +8,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from server.engine.attention import MemoryAttention
 from server.engine.choice import MemoryChoice
+from server.engine.slots import chosen
 from server.model.attention import attention_names
 from server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
 from server.model.slots import slots_of
@@ -30,9 +31,7 @@ class MemoryModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Read what a new request chose."""
         super().add_request(req_index, new_req_data)
-        choice = MemoryChoice.of(new_req_data.sampling_params)
-        memory = (choice.slot or self.slots[choice.mode, choice.domain], choice.lam) if choice and choice.mixed else (NO_DOMAIN, 0.0)
-        self.chosen[new_req_data.req_id] = memory
+        self.chosen[new_req_data.req_id] = chosen(MemoryChoice.of(new_req_data.sampling_params), self.slots)
 
     def remove_request(self, req_id: str) -> None:
         """Forget it."""

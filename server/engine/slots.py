@@ -1,9 +1,19 @@
-"""The worker's side of domain updates: what the front end calls, between two steps, on every worker of every replica."""
+"""Slots in the worker: what a request's choice means there, and domain updates, which the front end calls between two steps on every worker."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from server.engine.choice import MemoryChoice
+from server.model.routing import NO_DOMAIN
 from server.model.slots import StagedTower
+
+
+def chosen(choice: MemoryChoice | None, slots: Mapping[tuple[str, str], int]) -> tuple[int, float]:
+    """Slot and lambda of a request; `slots` are those at the start, by mode and domain."""
+    if choice is None or not choice.mixed:
+        return NO_DOMAIN, 0.0
+    return choice.slot or slots[choice.mode, choice.domain], choice.lam
 
 
 class HoldsSlots:

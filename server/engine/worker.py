@@ -21,9 +21,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from server.engine import expand
 from server.engine.attention import RunnerAttention
 from server.engine.choice import MemoryChoice
-from server.engine.slots import HoldsSlots
+from server.engine.slots import HoldsSlots, chosen
 from server.model.attention import attention_names
-from server.model.routing import NO_DOMAIN, RowChoice, StepRouting
+from server.model.routing import RowChoice, StepRouting
 from server.model.slots import slots_of
 
 NONE_KNOWN = torch.zeros(0, 0)
@@ -93,11 +93,7 @@ class RoutesSteps:
     def _row(self, request: Any, tokens: int, known: int) -> RowChoice:
         """A request's row of this step; what it chose is read once and kept with it."""
         if not hasattr(request, "memory"):
-            choice = MemoryChoice.of(request.sampling_params)
-            active = choice is not None and choice.mixed
-            request.memory = (
-                (choice.slot or self.slots[choice.mode, choice.domain], choice.lam) if choice is not None and active else (NO_DOMAIN, 0.0)
-            )
+            request.memory = chosen(MemoryChoice.of(request.sampling_params), self.slots)
         slot, lam = request.memory
         return RowChoice(slot, lam, tokens, known)
 

@@ -105,6 +105,11 @@ class Domains:
         """The model name that selects a domain, for clients that can set nothing else."""
         return f"{self.base}:{domain.name}"
 
+    def only(self, allowed: Callable[[str], bool]) -> "Domains":
+        """What a client sees that may use some domains alone."""
+        kept = tuple(d for d in self.all if allowed(d.name))
+        return replace(self, all=kept, withheld=frozenset(self.names) - {d.name for d in kept})
+
     def get(self, name: str) -> Domain | None:
         """The domain called `name`, if there is one."""
         return next((d for d in self.all if d.name == name), None)
@@ -123,8 +128,3 @@ class Domains:
     def models(self) -> list[str]:
         """The model names that requests may give: the base, and one alias a domain."""
         return [self.base, *(self.alias(d) for d in self.all)]
-
-    def only(self, allowed: Callable[[str], bool]) -> "Domains":
-        """What a client sees that may use some domains alone."""
-        kept = tuple(d for d in self.all if allowed(d.name))
-        return replace(self, all=kept, withheld=frozenset(self.names) - {d.name for d in kept})

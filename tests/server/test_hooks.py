@@ -8,6 +8,7 @@ from vllm.config.compilation import CompilationConfig
 from vllm.distributed import parallel_state
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.forward_context import create_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import utils as loader
@@ -15,14 +16,26 @@ from vllm.model_executor.models.utils import extract_layer_index, init_vllm_regi
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import SamplingParams
+from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker import cpu_worker, gpu_worker
+from vllm.v1.worker.block_table import BlockTable
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2Runner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.utils import AttentionGroup
 
+from server.engine.expand import expand
 from server.engine.rag import NOT_STRIDED
 
 PINNED = "0.32.0"
@@ -115,3 +128,54 @@ def test_domain_updates_and_replicas() -> None:
     assert "self.base_model_paths = base_model_paths" in source and "base_model_paths=base_model_paths" in source, "one list"
     assert "return _TP" in inspect.getsource(parallel_state.get_tp_group)
     assert {"attach_router", "init_state", "name", "required_tasks"} <= set(dir(EndpointPlugin)) | set(EndpointPlugin.__annotations__)
+
+
+def test_attention_of_a_part_of_a_step() -> None:
+    """What RunnerAttention reads from the V1 runner, and what builds metadata and contexts."""
+    source = inspect.getsource(GPUModelRunner)
+    for name in ("self.optimistic_seq_lens_cpu", "self.seq_lens", "self.attn_groups", "self.input_batch.block_table["):
+        assert name in source
+    assert parameters(BlockTable.get_device_tensor) == ["self", "num_reqs"]
+    assert hasattr(BlockTable, "get_cpu_tensor")
+    assert parameters(AttentionGroup.build_metadata)[:2] == ["self", "common_attn_metadata"]
+    assert {"query_start_loc", "query_start_loc_cpu", "seq_lens", "block_table_tensor", "slot_mapping", "seq_lens_cpu_upper_bound"} <= set(
+        parameters(CommonAttentionMetadata)
+    )
+    assert {"attn_metadata", "vllm_config", "slot_mapping"} <= set(parameters(create_forward_context))
+
+
+def test_drafting() -> None:
+    """A proposer of one's own: how it is made and called, where its probabilities go, and the slots it writes to."""
+    source = inspect.getsource(GPUModelRunner)
+    assert "self.drafter = create_custom_proposer(" in source
+    assert "self.drafter).propose(" in source
+    taken = inspect.getsource(GPUModelRunner._get_spec_decode_draft_probs)
+    assert "self._draft_probs[row_idx, :num_draft]" in taken
+    assert "self._draft_prob_req_ids" in taken
+    assert parameters(GPUModelRunner._sample) == ["self", "logits", "spec_decode_metadata"]
+    assert parameters(GPUModelRunner._input_fits_in_drafter) == ["self", "common_attn_metadata"]
+    assert "num_lookahead_tokens=self.num_lookahead_tokens" in inspect.getsource(Scheduler)
+    assert parameters(build_logitsprocs)[:4] == ["vllm_config", "device", "is_pin_memory", "is_pooling_model"]
+    assert "self.speculative_config" in inspect.getsource(InputProcessor)
+    assert callable(rejection_sampler.expand_kernel)
+    assert KernelOverride(rejection_sampler.expand_kernel, expand)._impl is expand
+
+
+def test_v2_runner() -> None:
+    """ModelState: what it is told of requests, and that its inputs become keywords of forward, after the attention metadata."""
+    assert parameters(DefaultModelState.add_request) == ["self", "req_index", "new_req_data"]
+    assert parameters(DefaultModelState.remove_request) == ["self", "req_id"]
+    assert parameters(DefaultModelState.prepare_attn)[:6] == [
+        "self",
+        "input_batch",
+        "cudagraph_mode",
+        "block_tables",
+        "slot_mappings",
+        "attn_groups",
+    ]
+    assert parameters(DefaultModelState.prepare_inputs) == ["self", "input_batch", "req_states"]
+    source = inspect.getsource(V2Runner.execute_model)
+    assert source.index("self.model_state.prepare_attn(") < source.index("**self.model_state.prepare_inputs(")
+    assert {"req_ids", "query_start_loc_np", "seq_lens", "seq_lens_cpu_upper_bound", "num_tokens_after_padding"} <= set(
+        parameters(InputBatch)
+    )

@@ -55,9 +55,6 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, started: flo
     if args.keys:
         app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key)
         app.add_middleware(ApiKey, keys=args.keys)
-    if updates is not None:
-        domain_updates.attach(app, updates, args.admin_key)
-        updates.publish = partial(_publish, app.state)
     app.add_middleware(RetryLater)
     if updates is not None:
         domain_updates.attach(app, updates, args.admin_key)

@@ -54,10 +54,10 @@ class HoldsSlots:
         worker: Any = self
         runner = worker.model_runner
         if hasattr(runner, "requests"):  # V1
-            chosen = [getattr(request, "memory", (0, 0.0)) for request in runner.requests.values()]
+            memories = [getattr(request, "memory", (0, 0.0)) for request in runner.requests.values()]
         else:
-            chosen = list(runner.model_state.chosen.values())
-        if any(used == slot for used, _ in chosen):
+            memories = list(runner.model_state.chosen.values())
+        if any(used == slot for used, _ in memories):
             return False
         runner.get_model().replace_tower(slot, None)
         return True

@@ -93,7 +93,8 @@ class MemoryDrafter:
             probabilities = torch.zeros(len(lengths), max(lengths), self.vocabulary, device=self.runner.device)
         for slot, rows in by_slot.items():
             last = num_tokens_no_spec[rows] - 1
-            self._draft(slot, rows, [lengths[r] for r in rows], token_ids_cpu[rows, last], last, sampling, drafts, probabilities)
+            with self.model.times.part("drafting", self.runner.device):
+                self._draft(slot, rows, [lengths[r] for r in rows], token_ids_cpu[rows, last], last, sampling, drafts, probabilities)
         if probabilities is not None:  # what vLLM's runner hands to its rejection sampler in the next step
             self.runner._draft_probs, self.runner._draft_prob_req_ids = probabilities, self.runner.input_batch.req_ids.copy()
         self.ended = time.perf_counter()

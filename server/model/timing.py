@@ -1,4 +1,4 @@
-"""Where a step's time goes: base, memory, search, mixing."""
+"""Where a step's time goes: base, memory, search, mixing, drafting (whose own logits count as drafting)."""
 
 import time
 from collections import deque
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PARTS = ("base", "memory", "search", "mixing")
+PARTS = ("base", "memory", "search", "mixing", "drafting")
 
 
 class StepTimes:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
 
-ACCEPTED, TRIED = 3.0, 4.0  # what a request is taken to have seen before its first draft
+TRIED = 4.0  # drafted tokens' worth of what is usual in its domain that a new request begins with
 KEPT = 0.9  # of a request's evidence, from step to step: text changes
 FADING = 0.98  # of the measured costs
 SIZES = 25.0  # tokens^2: how much sizes must vary before their cost is believed
@@ -15,7 +15,7 @@ PROBE = 16  # steps after which a request that drafts nothing tries one token, t
 class Acceptance:
     """One request's drafts so far."""
 
-    accepted: float = ACCEPTED
+    accepted: float
     tried: float = TRIED
     idle: int = 0
     """Steps since its last draft."""
@@ -72,28 +72,38 @@ class DraftLengths:
         self.draft = 0.0
         """Seconds of drafting one token for all who draft; 0: not measured yet."""
         self.requests: dict[str, Acceptance] = {}
+        self.usual: dict[int, float] = {}
+        """By slot: share of the tried tokens that is accepted, over its requests."""
 
     def drafted(self, seconds: float) -> None:
         """One token was drafted for all who draft."""
         seconds = min(seconds, 3 * self.draft) if self.draft else seconds
         self.draft = 0.9 * self.draft + 0.1 * seconds if self.draft else seconds
 
-    def verified(self, request: str, drafted: int, accepted: int) -> None:
+    def begin(self, request: str, slot: int, lam: float) -> None:
+        """A request that drafts, if it is new: what it may expect is what others of its slot saw, or follows from lambda, the least there is."""
+        if request not in self.requests:
+            self.requests[request] = Acceptance(TRIED * self.usual.setdefault(slot, (1 + lam) / 2))
+
+    def verified(self, request: str, slot: int, drafted: int, accepted: int) -> None:
         """What became of a request's draft."""
-        self.requests.setdefault(request, Acceptance()).add(drafted, accepted)
+        self.requests[request].add(drafted, accepted)
+        tried = accepted + (accepted < drafted)
+        weight = 0.99**tried
+        self.usual[slot] = weight * self.usual[slot] + (1 - weight) * accepted / tried
 
     def keep(self, requests: set[str]) -> None:
         """Forget all but these."""
         self.requests = {name: seen for name, seen in self.requests.items() if name in requests}
 
     def choose(self, requests: Sequence[str], others: int) -> list[int]:
-        """Tokens to draft for each of these requests, in a step that has `others` tokens besides.
+        """Tokens to draft for each of these requests, which have begun, in a step that has `others` tokens besides.
 
         The number k that brings the most tokens a second: (1 - a^(k+1)) / (1 - a) expected tokens of each (arXiv 2211.17192, eq. 1) over
         the time of the step and of k drafts, which all share. Who is accepted less than others stops where a token is not worth its
         place in the step.
         """
-        rates = [self.requests.setdefault(name, Acceptance()).rate for name in requests]
+        rates = [self.requests[name].rate for name in requests]
         draft = self.draft or self.share * self.step.of(others + len(rates))
         best, fastest, expected, chances = 0, 0.0, 0.0, [1.0] * len(rates)
         for k in range(self.most + 1):

@@ -78,6 +78,9 @@ class MemoryDrafter:
         `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
         `num_tokens_no_spec` [requests] count.
         """
+        if not any(self._request(row).memory[0] for row in range(len(sampled_token_ids))):
+            self.seen, self.ended = {}, 0.0
+            return [[] for _ in sampled_token_ids]
         self._learn(sampled_token_ids)
         started = time.perf_counter()
         self.seen = {}
@@ -108,8 +111,8 @@ class MemoryDrafter:
         ids: list[str] = runner.input_batch.req_ids
         counts = np.diff(runner.query_start_loc.np[: len(ids) + 1])
         for name, new, count in zip(ids, sampled_token_ids, counts.tolist(), strict=True):
-            if new and count > 1 and name in self.seen:
-                self.lengths.verified(name, count - 1, len(new) - 1)
+            if new and count > 1 and name in self.seen and name in self.lengths.requests:
+                self.lengths.verified(name, runner.requests[name].memory[0], count - 1, len(new) - 1)
         # Nothing was waited for if a request was here before, and prompts cost what drafts never will.
         if self.ended and counts.max() <= self.most + 1 and any(name in self.lengths.requests for name in ids):
             self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
@@ -134,6 +137,8 @@ class MemoryDrafter:
         batch = self.runner.input_batch
         limits = [self._limit(self._request(row), int(tokens[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
         asked = [row for row, limit in enumerate(limits) if limit and self.adaptive and row not in batch.generators]
+        for row in asked:
+            self.lengths.begin(batch.req_ids[row], *self._request(row).memory)
         chosen = self.lengths.choose([batch.req_ids[row] for row in asked], len(limits) - len(asked)) if asked else []
         for row, length in zip(asked, chosen, strict=True):
             limits[row] = min(limits[row], length)

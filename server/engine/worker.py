@@ -14,6 +14,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -79,6 +80,14 @@ class RoutesSteps:
         position = int(runner.input_batch.num_computed_tokens_cpu[row])
         hidden: torch.Tensor | None = runner.drafter.known(request, position, runner.input_ids.np[start:end].tolist())
         return NONE_KNOWN if hidden is None else hidden
+
+    def _calc_spec_decode_metadata(self, num_draft_tokens: Any, cu_num_tokens: Any) -> Any:
+        """What is to be verified; where that is nothing, the one field that is read: the last token of each request."""
+        runner: Any = self
+        if num_draft_tokens.any():
+            return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_tokens)  # type: ignore[misc]
+        none, last = torch.zeros(0, dtype=torch.int32), torch.from_numpy(cu_num_tokens - 1).to(runner.device)
+        return SpecDecodeMetadata(none, num_draft_tokens.tolist(), none, none, none, none, last)
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         """Without drafts to verify, sample as vLLM does without speculation: nobody pays for what others use."""

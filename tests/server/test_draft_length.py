@@ -16,8 +16,9 @@ def lengths(step: float, a_token: float, draft: float) -> DraftLengths:
 
 def settle(made: DraftLengths, rate: float, drafting: int = 1) -> int:
     """The length that is chosen once a request has seen drafts accepted at this rate."""
+    made.begin("r", 1, 0.6)
     for n in range(200):
-        made.verified("r", 1, int((n + 1) * rate) - int(n * rate))
+        made.verified("r", 1, 1, int((n + 1) * rate) - int(n * rate))
     return made.choose(["r"] * drafting, 0)[0]
 
 
@@ -46,11 +47,25 @@ def test_large_batches_draft_less() -> None:
 def test_who_is_accepted_less_drafts_less() -> None:
     """In one batch: the shared number suits most, and whoever is mostly wrong adds fewer tokens to the step."""
     made = lengths(0.005, 0.0004, 0.0005)
+    made.begin("good", 1, 0.6)
+    made.begin("bad", 2, 0.6)
     for n in range(200):
-        made.verified("good", 1, 1)
-        made.verified("bad", 1, int(n % 4 == 0))
+        made.verified("good", 1, 1, 1)
+        made.verified("bad", 2, 1, int(n % 4 == 0))
     *good, bad = made.choose(["good"] * 7 + ["bad"], 0)
     assert min(good) > bad
+
+
+def test_a_new_request_expects_what_is_usual_in_its_domain() -> None:
+    """At first what lambda promises; then what others saw."""
+    made = lengths(0.005, 0.0001, 0.001)
+    made.begin("first", 1, 0.9)
+    assert made.requests["first"].rate == pytest.approx(0.95)
+    for _ in range(300):
+        made.verified("first", 1, 2, 0)
+    made.begin("second", 1, 0.9)
+    made.begin("elsewhere", 2, 0.9)
+    assert made.requests["second"].rate < 0.1 < 0.9 < made.requests["elsewhere"].rate
 
 
 def test_a_request_that_gave_up_tries_again_now_and_then() -> None:
@@ -65,6 +80,7 @@ def test_a_request_that_gave_up_tries_again_now_and_then() -> None:
 def test_an_unmeasured_engine_drafts_by_its_weights() -> None:
     """A decoder of a tenth of the bytes is worth asking from the first token on; who left is forgotten."""
     made = DraftLengths(4, 0.1)
+    made.begin("r", 1, 0.6)
     assert made.choose(["r"], 0)[0] >= 2
     made.keep({"s"})
     assert not made.requests

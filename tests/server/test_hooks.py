@@ -27,6 +27,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -153,6 +154,8 @@ def test_drafting() -> None:
     assert "self._draft_probs[row_idx, :num_draft]" in taken
     assert "self._draft_prob_req_ids" in taken
     assert parameters(GPUModelRunner._sample) == ["self", "logits", "spec_decode_metadata"]
+    assert parameters(GPUModelRunner._calc_spec_decode_metadata) == ["self", "num_draft_tokens", "cu_num_tokens"]
+    assert parameters(SpecDecodeMetadata)[1::5] == ["num_draft_tokens", "logits_indices"]
     assert parameters(GPUModelRunner._input_fits_in_drafter) == ["self", "common_attn_metadata"]
     assert "num_lookahead_tokens=self.num_lookahead_tokens" in inspect.getsource(Scheduler)
     assert parameters(build_logitsprocs)[:4] == ["vllm_config", "device", "is_pin_memory", "is_pooling_model"]

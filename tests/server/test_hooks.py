@@ -154,7 +154,7 @@ def test_drafting() -> None:
     assert "self._draft_probs[row_idx, :num_draft]" in taken
     assert "self._draft_prob_req_ids" in taken
     assert parameters(GPUModelRunner._sample) == ["self", "logits", "spec_decode_metadata"]
-    assert parameters(GPUModelRunner._calc_spec_decode_metadata) == ["self", "num_draft_tokens", "cu_num_tokens"]
+    assert parameters(GPUModelRunner._calc_spec_decode_metadata)[:3] == ["self", "num_draft_tokens", "cu_num_scheduled_tokens"]
     assert parameters(SpecDecodeMetadata)[1::5] == ["num_draft_tokens", "logits_indices"]
     assert parameters(GPUModelRunner._input_fits_in_drafter) == ["self", "common_attn_metadata"]
     assert "num_lookahead_tokens=self.num_lookahead_tokens" in inspect.getsource(Scheduler)

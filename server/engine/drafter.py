@@ -118,7 +118,7 @@ class MemoryDrafter:
             self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
         self.lengths.keep(set(ids))
 
-    def known(self, request: str, position: int, tokens: list[int]) -> Tensor | None:
+    def known(self, request: str, position: int, tokens: np.ndarray[Any, Any]) -> Tensor | None:
         """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]; None if none was."""
         seen = self.seen.get(request)
         if seen is None or seen.position != position:
@@ -191,12 +191,15 @@ class MemoryDrafter:
         scaled = logits / torch.where(temperature == 0, 1.0, temperature)[:, None]
         k, p = (None if x is None else x.index_select(0, at) for x in (sampling.top_k, sampling.top_p))
         likely = apply_top_k_top_p(scaled, k, p).softmax(-1)
-        noise = torch.empty_like(likely).exponential_()
+        probabilities[at, number, : likely.shape[1]] = likely
+        # By the inverse of the cumulative distribution: an exponential race, as in vLLM's sampler, takes V random numbers a row.
+        cumulative = likely.double().cumsum(-1)
+        spots = torch.rand(len(likely), 1, dtype=torch.float64, device=logits.device)
         for i, row in enumerate(requests.tolist()):
             if (generator := sampling.generators.get(row)) is not None:
-                noise[i].exponential_(generator=generator)
-        probabilities[at, number, : likely.shape[1]] = likely
-        return torch.where(temperature == 0, greedy, (likely / noise).argmax(-1))
+                spots[i].uniform_(generator=generator)
+        drawn = torch.searchsorted(cumulative, spots * cumulative[:, -1:], right=True).squeeze(1).clamp(max=likely.shape[1] - 1)
+        return torch.where(temperature == 0, greedy, drawn)
 
 
 class FixedDrafter(MemoryDrafter):

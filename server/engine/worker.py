@@ -78,7 +78,7 @@ class RoutesSteps:
         if runner.speculative_config is None:
             return NONE_KNOWN
         position = int(runner.input_batch.num_computed_tokens_cpu[row])
-        hidden: torch.Tensor | None = runner.drafter.known(request, position, runner.input_ids.np[start:end].tolist())
+        hidden: torch.Tensor | None = runner.drafter.known(request, position, runner.input_ids.np[start:end])
         return NONE_KNOWN if hidden is None else hidden
 
     def _calc_spec_decode_metadata(self, num_draft_tokens: Any, cu_num_tokens: Any) -> Any:

@@ -406,8 +406,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     right.set(xlabel="tokens drafted", ylabel="ms per token over plain vLLM", title="embedded models, real prompts")
     for axes in (left, right):
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set_ylim(0)
-        axes.legend()
+        axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+        axes.legend(loc="upper left", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

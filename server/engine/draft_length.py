@@ -113,7 +113,8 @@ class DraftLengths:
                 best, fastest = k, speed
             chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
         worth = self.step.slope * fastest
-        lengths = [best if not best or rate**best >= worth else int(log(worth) / log(rate)) for rate in rates]
+        # The longest draft whose last token is worth its place; none where a place costs more than any token brings.
+        lengths = [best if rate**best >= worth else max(0, int(log(worth) / log(rate))) for rate in rates]
         return [self._probed(self.requests[name], length) for name, length in zip(requests, lengths, strict=True)]
 
     def _probed(self, seen: Acceptance, length: int) -> int:

@@ -44,6 +44,22 @@ def test_large_batches_draft_less() -> None:
     assert settle(lengths(0.005, 0.0005, 0.001), 0.8, drafting=64) < settle(lengths(0.005, 0.0005, 0.001), 0.8, drafting=1)
 
 
+@pytest.mark.parametrize("a_token", [0.0, 0.0001, 0.001, 0.01, 0.1])
+@pytest.mark.parametrize("draft", [0.0, 0.0001, 0.01])
+@pytest.mark.parametrize("drafting", [1, 8, 64])
+def test_lengths_stay_in_range(a_token: float, draft: float, drafting: int) -> None:
+    """Whatever things cost, and where a token's place costs more than any token brings: from none to the most."""
+    for step in (0.0001, 0.005, 1.0):
+        made = lengths(step, a_token, draft)
+        for rate, name in ((0.0, "never"), (0.5, "half"), (1.0, "always")):
+            made.begin(name, 1, rate)
+            for n in range(50):
+                made.verified(name, 1, 1, int((n + 1) * rate) - int(n * rate))
+        chosen = made.choose((["never", "half", "always"] * drafting)[:drafting], 5)
+        assert len(chosen) == drafting
+        assert all(0 <= length <= 6 for length in chosen)
+
+
 def test_who_is_accepted_less_drafts_less() -> None:
     """In one batch: the shared number suits most, and whoever is mostly wrong adds fewer tokens to the step."""
     made = lengths(0.005, 0.0004, 0.0005)

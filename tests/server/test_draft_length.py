@@ -49,7 +49,7 @@ def test_large_batches_draft_less() -> None:
 @pytest.mark.parametrize("drafting", [1, 8, 64])
 def test_lengths_stay_in_range(a_token: float, draft: float, drafting: int) -> None:
     """Whatever things cost, and where a token's place costs more than any token brings: from none to the most."""
-    for step in (0.0001, 0.005, 1.0):
+    for step in (-0.9 * a_token, 0.0001, 0.005, 1.0):  # below 0: a line through costs that rise faster than a line
         made = lengths(step, a_token, draft)
         for rate, name in ((0.0, "never"), (0.5, "half"), (1.0, "always")):
             made.begin(name, 1, rate)

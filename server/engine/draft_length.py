@@ -59,7 +59,7 @@ class StepCost:
         count, x, _, y, _ = self.sums
         if not count:
             return 1.0 + self.slope * tokens
-        return max(y / count + self.slope * (tokens - x / count), 0.2 * y / count)
+        return max(y / count + self.slope * (tokens - x / count), 0.2 * y / count, 1e-9)
 
 
 class DraftLengths:

@@ -1,5 +1,7 @@
 """How many tokens are drafted: follows acceptance and cost; no engine."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from server.engine.draft_length import PROBE, DraftLengths
@@ -55,9 +57,18 @@ def test_lengths_stay_in_range(a_token: float, draft: float, drafting: int) -> N
             made.begin(name, 1, rate)
             for n in range(50):
                 made.verified(name, 1, 1, int((n + 1) * rate) - int(n * rate))
-        chosen = made.choose((["never", "half", "always"] * drafting)[:drafting], 5)
-        assert len(chosen) == drafting
-        assert all(0 <= length <= 6 for length in chosen)
+        for others in (0, 5):
+            chosen = made.choose((["never", "half", "always"] * drafting)[:drafting], others)
+            assert len(chosen) == drafting
+            assert all(0 <= length <= 6 for length in chosen)
+
+
+def test_nothing_is_drafted_where_a_place_costs_more_than_a_token() -> None:
+    """Costs that rise faster than the line through them: the length was negative once."""
+    made = DraftLengths(6, 0.1)
+    made.step = SimpleNamespace(slope=1.0, of=lambda _: 0.01)  # type: ignore[assignment]
+    made.begin("r", 1, 0.6)
+    assert made.choose(["r"], 0) == [0]
 
 
 def test_who_is_accepted_less_drafts_less() -> None:

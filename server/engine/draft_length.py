@@ -3,12 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
+from typing import Any
 
 TRIED = 4.0  # drafted tokens' worth of what is usual in its domain that a new request begins with
 KEPT = 0.9  # of a request's evidence, from step to step: text changes
 FADING = 0.98  # of the measured costs
 SIZES = 25.0  # tokens^2: how much sizes must vary before their cost is believed
 PROBE = 16  # steps after which a request that drafts nothing tries one token, to learn whether it still should
+
+
+def drafting(most: int, drafter: str = "MemoryDrafter") -> dict[str, Any]:
+    """vLLM's options for drafting up to `most` tokens; `drafter` names a class of server.engine.drafter."""
+    return {
+        "speculative_config": {"method": "custom_class", "model": f"server.engine.drafter.{drafter}", "num_speculative_tokens": most},
+        "scheduler_cls": "server.engine.drafter.DraftingScheduler",
+    }
 
 
 @dataclass

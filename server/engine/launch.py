@@ -20,6 +20,7 @@ from decoders.tokenizer import TRUST, load_tokenizer
 from server import logs
 from server.api.limits import Limits, bound_queue
 from server.engine.domain_updates import ADMIN_KEY, DomainUpdates, UpdateOptions
+from server.engine.draft_length import drafting
 from server.errors import StartupError
 from server.retrieval.rag import PassageFinder
 from server.startup import Models, check_models, packages_in, with_datastores
@@ -216,12 +217,7 @@ def _speculate(args: Namespace, models: Models) -> None:
         raise StartupError("--speculate: wanted --tensor-parallel-size 1; the ranks would draft differently")
     if args.async_scheduling:
         raise StartupError("--async-scheduling: doesn't work with --speculate; leave one of them out")
-    args.speculative_config = {
-        "method": "custom_class",
-        "model": "server.engine.drafter.MemoryDrafter",
-        "num_speculative_tokens": args.speculate,
-    }
-    args.scheduler_cls = "server.engine.drafter.DraftingScheduler"
+    vars(args).update(drafting(args.speculate))
 
 
 def vllm_command(args: Namespace, argv: list[str]) -> str:

@@ -12,6 +12,7 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 from vllm import LLM, SamplingParams
 
 from server.engine.choice import MemoryChoice
+from server.engine.draft_length import drafting
 from server.routing.domains import DECODER
 
 
@@ -42,14 +43,7 @@ class OfflineEngine:
                 "worker_cls": "server.engine.worker.CPUMemoryWorker",
             }
         if drafted:
-            options |= {
-                "speculative_config": {
-                    "method": "custom_class",
-                    "model": f"server.engine.drafter.{drafter}",
-                    "num_speculative_tokens": drafted,
-                },
-                "scheduler_cls": "server.engine.drafter.DraftingScheduler",
-            }
+            options |= drafting(drafted, drafter or "MemoryDrafter")
         self.llm = LLM(base, enforce_eager=True, enable_prefix_caching=False, disable_log_stats=False, **options)
 
     def ask(self, prompts: list[list[int]], domains: list[str | None], lams: list[float], tokens: int, temperature: float) -> Timed:

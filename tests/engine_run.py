@@ -1,7 +1,9 @@
 """Run one batch through an offline vLLM engine in a process of its own: `python engine_run.py JOB.json RESULT.json`.
 
-A job is {"engine": LLM arguments, "requests": [{"prompt", "domain", "lambda", "mode", "sampling"}], "rounds": n}; the result holds, per
-round and request, prompt and output token ids (of all samples), their log-probabilities, cached tokens, and the engine's counters.
+A job is {"engine": LLM arguments, "requests": [{"prompt", "domain", "lambda", "mode", "sampling"}], "rounds": n, "traced": bool,
+"later": {domain: path}}, the last ones loaded into slots 2 and on when the engine is there. The result holds, per round and request, prompt and
+output token ids (of all samples), their log-probabilities, cached tokens, and the engine's counters; where parts are traced (see traced.py),
+shapes and replays of each.
 """
 
 import json
@@ -18,18 +20,23 @@ def main(job_path: str, result_path: str) -> None:
     """Run a job."""
     from vllm import LLM, SamplingParams
 
-    from server.engine.choice import MemoryChoice
+    from server.engine.choice import SLOT, MemoryChoice
     from server.engine.client import cache_salt
 
     job = json.loads(Path(job_path).read_text())
     llm = LLM(**job["engine"])
+    graphs = traced(llm) if job["traced"] else {}
+    later = {domain: load(llm, slot, path) for slot, (domain, path) in enumerate(job["later"].items(), 2)}
     decoders = job["engine"].get("hf_overrides", {}).get("memory_decoder", {}).get("decoders", [])
-    revisions = {d["name"]: d["revision"] for d in decoders}
+    revisions = {d["name"]: d["revision"] for d in decoders} | job["later"]
     prompts: list[Any] = []
     params = []
     for request in job["requests"]:
         choice = MemoryChoice(request["mode"], request["domain"], request["lambda"]) if request.get("domain") else None
-        sampling = SamplingParams(**request["sampling"], extra_args=choice.to_extra_args() if choice else None)
+        extra = choice.to_extra_args() if choice else None
+        if extra and request["domain"] in later:
+            extra[SLOT] = later[request["domain"]]
+        sampling = SamplingParams(**request["sampling"], extra_args=extra)
         prompt = {"prompt": request["prompt"]}
         if (salt := cache_salt(MemoryChoice.of(sampling), revisions, None)) is not None:
             prompt["cache_salt"] = salt
@@ -38,8 +45,35 @@ def main(job_path: str, result_path: str) -> None:
     rounds = [[_record(o) for o in llm.generate(prompts, params, use_tqdm=False)] for _ in range(job["rounds"])]
     counted = llm.get_metrics() if not job["engine"].get("disable_log_stats", True) else []
     counters = {m.name: m.value for m in counted if hasattr(m, "value")}
-    result = {"rounds": rounds, "counters": counters, "preemptions": counters.get("vllm:num_preemptions", 0)}
+    replays = {name: [len(graph.graphs), graph.replays] for name, graph in graphs.items()}
+    result = {"rounds": rounds, "replays": replays, "counters": counters, "preemptions": counters.get("vllm:num_preemptions", 0)}
     Path(result_path).write_text(json.dumps(result))
+
+
+def load(llm: Any, slot: int, path: str) -> int:
+    """Load a decoder into a slot while the engine is there; returns the slot."""
+    for call, *args in (("stage_decoder", slot, path), ("load_staged", 1 << 30), ("install_staged",)):
+        assert llm.collective_rpc(call, args=tuple(args)) in ([None], [True])
+    return slot
+
+
+def traced(llm: Any) -> Any:
+    """Have the composite run its parts as graphs would, as far as a CPU can; returns those.
+
+    The V2 runner captures the whole composite: here every step is prepared as if for a replay, and then run from what a graph would read.
+    """
+    from traced import Traced
+    from vllm.config import CUDAGraphMode
+
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    if not hasattr(runner, "model_state"):
+        runner.get_model().wrap(Traced)
+        return runner.get_model().graphs
+    state = runner.model_state
+    prepare = state.prepare_attn
+    state.prepare_attn = lambda batch, _mode, *args, **kwargs: prepare(batch, CUDAGraphMode.FULL, *args, **kwargs)
+    state.prepare_inputs = lambda batch, _states: state.prepare_dummy_inputs(batch.num_reqs, batch.num_tokens_after_padding)
+    return {}
 
 
 def _record(output: Any) -> dict[str, Any]:

@@ -28,11 +28,14 @@ def run(
     rounds: int = 1,
     datastores: dict[str, Path] | None = None,
     variables: dict[str, str] | None = None,
+    spec: dict[str, Any] | None = None,
+    traced: bool = False,
+    later: dict[str, Path] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Run a batch of (prompt, domain, lambda[, mode]) through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None.
 
-    `variables` are set in the process's environment; `changes` are arguments of the engine, and `sampling`.
+    `variables` are set in the process's environment; `spec` is added to the composite's, `traced` and `later` are told in engine_run.py; `changes` are arguments of the engine, and `sampling`.
     """
     sampling = {"temperature": 0, "max_tokens": 24, "logprobs": 1, "ignore_eos": True, **changes.pop("sampling", {})}
     engine = {
@@ -40,13 +43,25 @@ def run(
         "max_num_batched_tokens": 64, "enable_chunked_prefill": True, **changes,
     }  # fmt: skip
     if kind is not None:
-        engine |= {"hf_overrides": overrides(toys, kind, datastores or {}), "worker_cls": "server.engine.worker.CPUMemoryWorker"}
+        composite = overrides(toys, kind, datastores or {})
+        composite["memory_decoder"] |= spec or {}
+        engine |= {"hf_overrides": composite, "worker_cls": "server.engine.worker.CPUMemoryWorker"}
     requests = [
         {"prompt": p, "domain": d if kind else None, "lambda": lam, "mode": (*mode, "decoder")[0], "sampling": sampling}
         for p, d, lam, *mode in mix
     ]
     job, result = folder / "job.json", folder / "result.json"
-    job.write_text(json.dumps({"engine": engine, "requests": requests, "rounds": rounds}))
+    job.write_text(
+        json.dumps(
+            {
+                "engine": engine,
+                "requests": requests,
+                "rounds": rounds,
+                "traced": traced,
+                "later": {n: str(p) for n, p in (later or {}).items()},
+            }
+        )
+    )
     script = Path(__file__).parent / "engine_run.py"
     environment = dict(os.environ) | (variables or {})
     if not engine["enforce_eager"]:

@@ -152,7 +152,6 @@ def _options(parser: Parser) -> Parser:
 
 def configure(args: Namespace, models: Models) -> None:
     """Fill in what follows from the models. Raises StartupError where the user's options contradict them."""
-    from vllm.config import CUDAGraphMode
     from vllm.config.logging import LoggingConfig
 
     require_supported(models)
@@ -189,9 +188,6 @@ def configure(args: Namespace, models: Models) -> None:
         args.distributed_executor_backend = "uni"
     if on_cpu and args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         args.kv_cache_memory_bytes = 1 << 30  # vLLM would take most of the machine's memory
-    if models.domains.all and not on_cpu:
-        # Routing by domain is decided in Python each step, which a captured graph can't follow.
-        args.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     for option, given in REFUSED.items():
         if getattr(args, given, None):
             raise StartupError(f"{option}: not supported with memory decoders yet; leave it out")
@@ -238,8 +234,6 @@ def vllm_command(args: Namespace, argv: list[str]) -> str:
     added = [
         word for option, value in options.items() if value is not None and option not in args.explicit for word in (option, str(value))
     ]
-    if torch.cuda.is_available():
-        added += ["--compilation-config.cudagraph_mode", args.compilation_config.cudagraph_mode.name]
     command = ["vllm", "serve", args.model, *theirs, "--served-model-name", *args.served_model_name, *added]
     return f"VLLM_PLUGINS=memdec,memdec_routes VLLM_USE_V2_MODEL_RUNNER=0 {shlex.join(command)}"
 

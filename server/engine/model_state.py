@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from server.engine.attention import MemoryAttention
@@ -27,6 +28,11 @@ class MemoryModelState(DefaultModelState):
         self.chosen: dict[str, tuple[int, float]] = {}
         """Slot and lambda by request."""
         self.step: dict[str, Any] = {}
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.captures = model.stacked is not None
+        self.token_slots = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.token_lams = torch.zeros(tokens, device=device)
+        """Where graphs read them."""
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Read what a new request chose."""
@@ -59,7 +65,12 @@ class MemoryModelState(DefaultModelState):
         rows = [
             RowChoice(*self.chosen.get(name, (NO_DOMAIN, 0.0)), length) for name, length in zip(input_batch.req_ids, lengths, strict=False)
         ]
-        routing = StepRouting.of(rows, input_batch.num_tokens_after_padding, self.device)
+        total = input_batch.num_tokens_after_padding
+        routing = StepRouting.of(rows, total, self.device)
+        if cudagraph_mode == CUDAGraphMode.FULL:
+            self.token_slots[:total] = routing.slots if routing.uses_memory else NO_DOMAIN
+            self.token_lams[:total] = routing.lams if routing.uses_memory else 0
+            return metadata
         tables = dict(enumerate(block_tables))
         contexts = {}
         for group in routing.groups:
@@ -75,3 +86,10 @@ class MemoryModelState(DefaultModelState):
         """Further keywords of the composite's forward. Without metadata (profiling) nobody has a memory."""
         step, self.step = self.step or {"routing": BASE_ALONE}, {}
         return {**super().prepare_inputs(input_batch, req_states), **step}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """The keywords with which the step is captured as one graph: base, memories and what rows are packed with, whether anybody asks or not."""
+        found: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        if self.captures:
+            found["routing"] = StepRouting.over(self.token_slots[:num_tokens], self.token_lams[:num_tokens])
+        return found

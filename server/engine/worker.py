@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -35,7 +37,7 @@ class RoutesSteps:
 
     slots: dict[tuple[str, str], int]
     attention: RunnerAttention
-    last: tuple[tuple[list[RowChoice], int], StepRouting] | None = None
+    last: tuple[tuple[list[RowChoice], int, bool], StepRouting] | None = None
     """The step before: decoding steps are mostly routed alike."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -46,6 +48,16 @@ class RoutesSteps:
             plain.speculative_config = None
             runner: Any = self
             runner.input_batch.logitsprocs = build_logitsprocs(plain, device, PIN_MEMORY, False)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Also divide the graph that vLLM would make of the whole composite."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        runner: Any = self
+        if isinstance(runner.model, CUDAGraphWrapper):
+            runner.model = runner.model.unwrap()
+            runner.model.wrap(
+                lambda part: CUDAGraphWrapper(part, runner.vllm_config, CUDAGraphMode.FULL, CUDAGraphOptions(weak_ref_output=False))
+            )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Also find the towers' attention layers in the KV cache."""
@@ -63,13 +75,14 @@ class RoutesSteps:
         known = [self._known(row, r, ends[row], ends[row + 1]) for row, r in enumerate(batch.req_ids)]
         rows = [self._row(runner.requests[r], ends[i + 1] - ends[i], len(known[i])) for i, r in enumerate(batch.req_ids)]
         total = len(input_ids) if input_ids is not None else len(kwargs["inputs_embeds"])
-        if self.last is None or self.last[0] != (rows, total):
-            self.last = (rows, total), StepRouting.of(rows, total, runner.device)
+        captured = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
+        if self.last is None or self.last[0] != (rows, total, captured):
+            self.last = (rows, total, captured), StepRouting.of(rows, total, runner.device, captured)
         routing = self.last[1]
         more: dict[str, Any] = {"routing": routing, "known": torch.cat([k for k in known if len(k)]) if len(routing.known) else None}
         decoders = len(runner.get_model().towers)
         parts = [group for group in routing.groups if group.slot <= decoders and group.tokens is not None and len(group.tokens)]
-        more["attention"] = {group.slot: self.attention.of_step(group) for group in parts}
+        more["attention"] = {group.slot: self.attention.of_step(group) for group in parts} if not captured else {}
         return super()._model_forward(input_ids, *args, **more, **kwargs)  # type: ignore[misc]
 
     def _known(self, row: int, request: str, start: int, end: int) -> torch.Tensor:

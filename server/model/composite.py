@@ -10,7 +10,7 @@ number of decoders; slots without a decoder are empty until one is loaded into t
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from vllm.compilation.backends import set_model_tag
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.forward_context import override_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.platforms import current_platform
@@ -32,8 +33,11 @@ from server.model.packing import pack, unpack
 from server.model.replicated import replicated
 from server.model.routing import Group, StepRouting, positions_by_slot
 from server.model.slots import capacity
+from server.model.stacked import StackedTower
 from server.model.timing import StepTimes
 from server.retrieval.knn import KnnMemory, log_probabilities
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM sets up its own loggers alone
 
 
 class MemoryDecoderForCausalLM(nn.Module):
@@ -58,6 +62,11 @@ class MemoryDecoderForCausalLM(nn.Module):
         """Configuration of decoders loaded later: compiling one would hold all requests up."""
         share_attention(towers, vllm_config.compilation_config.static_forward_context)
         self.towers = nn.ModuleList([*towers, *[None] * (capacity(spec) - len(towers))])  # type: ignore[list-item]
+        self.stacked = self._stacked(vllm_config)
+        """The way for CUDA graphs, if they are wanted and the decoders' layers allow it."""
+        self.always_stacked = bool(spec.get("stacked"))
+        self.graphs: dict[str, Callable[..., Any]] = {}
+        """What runs base and stacked tower in their stead: their graphs (see `wrap`)."""
         self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
         self.times = StepTimes()
 
@@ -75,6 +84,29 @@ class MemoryDecoderForCausalLM(nn.Module):
         """The same for a decoder that is loaded while the engine runs."""
         return self._tower(self.later)
 
+    def _stacked(self, vllm_config: VllmConfig) -> StackedTower | None:
+        """The stacked tower, if the step may be a full CUDA graph; if it can't be, then it isn't to be one."""
+        config = vllm_config.compilation_config
+        mode = config.cudagraph_mode or CUDAGraphMode.NONE
+        graphs = not current_platform.is_cpu() and mode.has_full_cudagraphs()
+        if not graphs and not vllm_config.model_config.hf_config.memory_decoder.get("stacked"):
+            return None
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        found = StackedTower(self.later_tower, self.towers[0], len(self.towers), most, self.memory_ids, config.static_forward_context)
+        # The kernel multiplies float32 at a lower precision on CUDA.
+        unfit = found.unfit or ("float32" if graphs and vllm_config.model_config.dtype == torch.float32 else None)
+        if unfit is None:
+            return found
+        logger.warning("full CUDA graphs are off: decoders with %s can't be stacked", unfit)
+        config.cudagraph_mode = CUDAGraphMode.PIECEWISE if mode.has_piecewise_cudagraphs() else CUDAGraphMode.NONE
+        return None
+
+    def wrap(self, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Have base and memories be graphs of their own: so a step in which nobody asks for a memory replays the base's alone."""
+        self.graphs["base"] = wrapped(self.base)
+        if self.stacked is not None:
+            self.graphs["stacked"] = wrapped(self.stacked)
+
     def replace_tower(self, slot: int, tower: nn.Module | None) -> None:
         """Put a complete tower into a slot, or empty it. The first tower stays until another takes its place: it owns the attention layers."""
         if tower is None and slot == 1:
@@ -82,9 +114,10 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.towers[slot - 1] = tower  # type: ignore[assignment]
 
     def reserved_bytes(self) -> int:
-        """What decoders in the slots that are empty now would take."""
+        """What decoders in the slots that are empty now would take. In a stack their places are there, but one is built before it moves in."""
         size = sum(weight.nbytes for weight in self.towers[0].parameters())
-        return size * sum(tower is None for tower in self.towers)
+        empty = sum(tower is None for tower in self.towers)
+        return size * (min(empty, 1) if self.stacked is not None else empty)
 
     @staticmethod
     def _tower_config(vllm_config: VllmConfig, memory_config: PreTrainedConfig) -> VllmConfig:
@@ -133,16 +166,19 @@ class MemoryDecoderForCausalLM(nn.Module):
         hidden states of the tokens that need not run again, [routing.known, H_memory].
         """
         with self.times.part("base", positions.device):
-            hidden: Tensor = self.base(input_ids, positions, intermediate_tensors, inputs_embeds)
+            hidden: Tensor = self.graphs.get("base", self.base)(input_ids, positions, intermediate_tensors, inputs_embeds)
         if routing is None:
             routing = StepRouting.untold(len(hidden), hidden.device)
         if not routing.uses_memory:
             return hidden  # what vLLM does without us, at no more cost
         if decoded := [group for group in routing.groups if group.slot <= len(self.towers)]:
             with self.times.part("memory", positions.device):
-                memory = self._memory(input_ids, positions, hidden, decoded, attention or {})
-            if known is not None:
-                memory.index_copy_(0, routing.known, known)
+                if self.stacked is not None and (routing.captured or self.always_stacked):
+                    memory = self.graphs.get("stacked", self.stacked)(input_ids, positions, self.stacked.placed(routing.slots))
+                else:
+                    memory = self._memory(input_ids, positions, hidden, decoded, attention or {})
+                    if known is not None:
+                        memory.index_copy_(0, routing.known, known)
         else:  # datastores need no tower
             memory = hidden.new_zeros(len(hidden), self.memory_width)
         return pack(hidden, memory, routing.tail)
@@ -176,6 +212,11 @@ class MemoryDecoderForCausalLM(nn.Module):
         if logits is None or not packed:  # None: not the rank that gathers
             return logits
         _, memory, slots, lams = unpack(rows, self.width, len(self.towers) + len(self.stores))
+        if self.stacked is not None and not self.stores:  # nothing is asked of the device, whose work goes on meanwhile
+            with self.times.part("memory", rows.device):
+                own = self.stacked.logits(memory, slots)
+            with self.times.part("mixing", rows.device):
+                return torch.where(lams[:, None] > 0, mix(logits, own, lams), logits.float())
         groups = positions_by_slot(torch.where(lams > 0, slots, 0).cpu(), rows.device)
         if not groups:
             return logits
@@ -213,6 +254,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         for i, (tower, path) in enumerate(zip(towers, self.paths, strict=False)):  # slots without a path are empty
             files = [str(f) for f in sorted(path.glob("*.safetensors"))]
             loaded[f"towers.{i}"] = tower.load_weights(finite(safetensors_weights_iterator(files, use_tqdm_on_load=False), str(path)))
+            if self.stacked is not None:
+                self.stacked.adopt(i + 1, tower)
         if any(names is None for names in loaded.values()):
             return None
         return {f"{part}.{name}" for part, names in loaded.items() for name in names}

@@ -50,9 +50,11 @@ class StepRouting:
     """One for each slot in use but 0, in the order of slots."""
     known: Tensor
     """Positions of the tokens whose hidden states are known, int64."""
+    captured: bool = False
+    """Whether the step is, or will be, a CUDA graph: all tokens go through the stacked tower, and nothing is decided in Python."""
 
     @classmethod
-    def of(cls, rows: Sequence[RowChoice], tokens: int, device: torch.device) -> "StepRouting":
+    def of(cls, rows: Sequence[RowChoice], tokens: int, device: torch.device, captured: bool = False) -> "StepRouting":
         """Spread the requests' choices over `tokens` tokens; tokens past the last request (padding) have no domain."""
         chosen = np.array([row.slot for row in rows], np.int64)
         if not chosen.any():
@@ -75,23 +77,33 @@ class StepRouting:
             torch.from_numpy(lams).to(device),
             tuple(groups),
             torch.from_numpy(np.flatnonzero(~run & (slots > 0))).to(device),
+            captured,
         )
 
     @classmethod
     def untold(cls, tokens: int, device: torch.device) -> "StepRouting":
-        """For vLLM's own profiling, which has no requests: every token passes through the first decoder, with lambda 0."""
-        slots = torch.ones(tokens, dtype=torch.int64, device=device)
+        """For vLLM's own profiling and capturing, which have no requests: every token passes through the first decoder, with lambda 0."""
+        return cls.over(torch.ones(tokens, dtype=torch.int64, device=device), torch.zeros(tokens, device=device))
+
+    @classmethod
+    def over(cls, slots: Tensor, lams: Tensor) -> "StepRouting":
+        """For a step of which only the device knows the slots [tokens] int64 and lambdas [tokens] float32."""
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(slots, torch.zeros(tokens, device=device), (Group(1, none, np.zeros(0, np.int32), None),), none)
+        return cls(slots, lams, (Group(1, none, np.zeros(0, np.int32), None),), none, captured=True)
 
     @property
     def uses_memory(self) -> bool:
         """Whether any token of the step has a decoder or a datastore."""
         return bool(self.groups)
 
-    @cached_property
+    @property
     def tail(self) -> Tensor:
-        """What packed rows end with; kept, since most steps are routed like the one before."""
+        """What packed rows end with."""
+        return tail(self.slots, self.lams) if self.captured else self._tail
+
+    @cached_property
+    def _tail(self) -> Tensor:
+        """Kept, since most steps are routed like the one before; what is captured must compute it again at each replay."""
         return tail(self.slots, self.lams)
 
 

@@ -46,6 +46,8 @@ class StagedTower:
         finally:
             self.own = set(self.registered) - before
         share_attention([composite.towers[0], self.tower], self.registered)
+        if composite.stacked is not None:
+            composite.stacked.adopt(slot, self.tower)
         self.work = itertools.chain(self._copy(path), self._finish())
 
     def load(self, budget: int) -> bool:

@@ -4,6 +4,7 @@ import inspect
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.config.compilation import CompilationConfig
 from vllm.distributed import parallel_state
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
@@ -11,6 +12,12 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.forward_context import create_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import utils as loader
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -30,6 +37,7 @@ from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.block_table import BlockTable
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2Runner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -162,6 +170,26 @@ def test_drafting() -> None:
     assert "self.speculative_config" in inspect.getsource(InputProcessor)
     assert callable(rejection_sampler.expand_kernel)
     assert KernelOverride(rejection_sampler.expand_kernel, expand)._impl is expand
+
+
+def test_graphs() -> None:
+    """V1 wraps a model that it would capture whole after it is loaded, V2 captures it with dummy inputs; layers ask their method for products."""
+    assert "self.model = CUDAGraphWrapper(" in inspect.getsource(GPUModelRunner.load_model)
+    assert parameters(CUDAGraphWrapper)[:4] == ["runnable", "vllm_config", "runtime_mode", "cudagraph_options"]
+    assert "forward_context.cudagraph_runtime_mode" in inspect.getsource(CUDAGraphWrapper.__call__)
+    assert "weak_ref_output" in parameters(CUDAGraphOptions)
+    assert "**model_state.prepare_dummy_inputs(num_reqs, num_tokens)" in inspect.getsource(ModelCudaGraphManager.capture)
+    assert parameters(DefaultModelState.prepare_dummy_inputs) == ["self", "num_reqs", "num_tokens"]
+    for linear in (ReplicatedLinear, ColumnParallelLinear, RowParallelLinear):
+        assert "self.quant_method.apply(self, " in inspect.getsource(linear.forward)
+    assert "self.quant_method.embedding(self, " in inspect.getsource(VocabParallelEmbedding.forward)
+    assert "lm_head.quant_method.apply(" in inspect.getsource(LogitsProcessor)
+    assert "self.pass_weight_add" in inspect.getsource(RMSNorm.forward_native)
+    assert parameters(get_default_config)[:6] == ["M", "E", "N", "K", "topk", "dtype"]
+    assert "off_experts == -1" in inspect.getsource(fused_moe)
+    assert {"sorted_token_ids", "expert_ids", "num_tokens_post_padded", "B_bias"} <= set(
+        parameters(fused_moe.invoke_fused_moe_triton_kernel)
+    )
 
 
 def test_v2_runner() -> None:

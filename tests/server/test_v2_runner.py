@@ -24,6 +24,14 @@ def test_prompt_and_generated_logprobs_of_a_mixed_batch(kind: str, toys: Path, t
     assert worst(toys, kind, MIX, result["rounds"][0]) <= FLOAT32
 
 
+@pytest.mark.parametrize(("kind", "replayed"), [("qwen", False), ("qwen", True), ("gpt", True)])
+def test_stacked_decoders(kind: str, replayed: bool, toys: Path, tmp_path: Path) -> None:
+    """Weights picked by vLLM's own kernel; and with nothing told in Python, as when the step is one CUDA graph."""
+    how = {"sampling": {"prompt_logprobs": 1, "max_tokens": 8}, "spec": {"stacked": True}, "traced": replayed}
+    result = run(tmp_path, toys, kind, MIX, variables=V2, **how)
+    assert worst(toys, kind, MIX, result["rounds"][0]) <= FLOAT32
+
+
 def test_cached_prompts_and_preemption(toys: Path, tmp_path: Path) -> None:
     """A second round on the first one's blocks, with a KV cache too small for the batch."""
     mix: list[Row] = [(CODE * 12, domain, 0.5 if domain else 0.0) for domain in ("a", "b", None, "a")]

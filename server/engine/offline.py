@@ -5,14 +5,18 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 from vllm import LLM, SamplingParams
 
 from server.engine.choice import MemoryChoice
 from server.engine.draft_length import drafting
+from server.engine.options import worker_class
 from server.routing.domains import DECODER
 
 
@@ -40,11 +44,11 @@ class OfflineEngine:
             }
             options |= {
                 "hf_overrides": {"architectures": ["MemoryDecoderForCausalLM"], "memory_decoder": spec},
-                "worker_cls": "server.engine.worker.CPUMemoryWorker",
+                "worker_cls": worker_class(),
             }
         if drafted:
             options |= drafting(drafted, drafter or "MemoryDrafter")
-        self.llm = LLM(base, enforce_eager=True, enable_prefix_caching=False, disable_log_stats=False, **options)
+        self.llm = LLM(base, enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False, disable_log_stats=False, **options)
 
     def ask(self, prompts: list[list[int]], domains: list[str | None], lams: list[float], tokens: int, temperature: float) -> Timed:
         """Answer a batch of prompts (token ids) with `tokens` tokens each."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Server, free_port
 
-from server.engine.launch import parse
+from server.engine.options import parse
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 STAGES = {m[1]: m[2] for m in re.finditer(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)}

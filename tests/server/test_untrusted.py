@@ -11,7 +11,7 @@ import pytest
 from decoders.errors import DecoderError
 from decoders.models import load_model
 from decoders.tokenizer import TRUST, load_tokenizer
-from server.engine.launch import require_safe_loading
+from server.engine.options import require_safe_loading
 from server.errors import StartupError
 from server.startup import check_models
 

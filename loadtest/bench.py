@@ -22,6 +22,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from bench_report import BATCHES, plot, ratio, report
 from run import ROOT, commit, cpu
 
 ZOO = ROOT / "decoders" / "zoo"
@@ -30,7 +31,6 @@ SHAPES: dict[str, dict[str, int]] = {  # Qwen2; vocabulary 32,000, tied embeddin
     "37M": {"hidden_size": 512, "num_hidden_layers": 7, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1376},
     "0.1B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048},
 }
-BATCHES = (1, 8, 32)
 PROMPTS = (128, 512, 2048)
 LOADED = (1, 2, 4, 8)
 LAMBDA = 0.6
@@ -137,6 +137,12 @@ def per_token(answer: dict[str, Any], tokens: int) -> float:
     return float(1000 * (answer["seconds"] - answer["first"]) / (tokens - 1))
 
 
+def per_step(answer: dict[str, Any], prompt: dict[str, Any], tokens: int) -> dict[str, float]:
+    """Milliseconds of each part of a decoding step: what the answer took, less what an answer of one token took."""
+    parts = answer.get("parts", {})
+    return {part: 1000 * (seconds - prompt["parts"][part]) / (tokens - 1) for part, seconds in parts.items()}
+
+
 def spread(values: list[float]) -> Spread:
     """Median, least and most."""
     return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
@@ -166,6 +172,7 @@ def shapes(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for batch in BATCHES:
         times: dict[str, list[float]] = {name: [] for name, (_, domains) in asked.items() if len(domains) <= batch}
+        parts: dict[str, list[dict[str, float]]] = {name: [] for name in times}
         for number in range(args.rounds + 1):  # the first warms up
             for name in times:
                 engine, domains = asked[name]
@@ -173,10 +180,18 @@ def shapes(args: argparse.Namespace) -> dict[str, Any]:
                     "prompts": random_prompts(batch, 16, number), "domains": [domains[i % len(domains)] for i in range(batch)],
                     "lams": [LAMBDA] * batch, "tokens": args.tokens, "temperature": 0,
                 }  # fmt: skip
-                taken = per_token(engines[engine].ask(**job), args.tokens)
+                answer = engines[engine].ask(**job)
                 if number:
-                    times[name].append(taken)
-        found[f"b{batch}"] = {name: {"ms": spread(values), "ratio": against(times["plain"], values)} for name, values in times.items()}
+                    times[name].append(per_token(answer, args.tokens))
+                    parts[name].append(per_step(answer, engines[engine].ask(**{**job, "tokens": 1}), args.tokens))
+        found[f"b{batch}"] = {
+            name: {
+                "ms": spread(values),
+                "ratio": against(times["plain"], values),
+                "parts": {part: round(statistics.median(row[part] for row in parts[name]), 2) for part in parts[name][0]},
+            }
+            for name, values in times.items()
+        }
         print(f"batch {batch}: {json.dumps({n: v['ratio']['median'] for n, v in found[f'b{batch}'].items()})}", file=sys.stderr, flush=True)
     for closing in engines.values():
         closing.close()
@@ -323,93 +338,6 @@ def multiplications(shape: dict[str, int]) -> float:
     """Multiplications a prompt token takes in a model's layers; logits are those of the last token alone."""
     width, keys = shape["hidden_size"], shape["hidden_size"] * shape["num_key_value_heads"] / shape["num_attention_heads"]
     return shape["num_hidden_layers"] * (2 * width * width + 2 * width * keys + 3 * width * shape["intermediate_size"])
-
-
-def ratio(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By batch, everything over plain vLLM of the same run."""
-    rows: dict[str, dict[str, float]] = {f"b{batch}": {} for batch in BATCHES}
-    for batch, row in rows.items():
-        shape = found.get("shapes", {}).get(batch, {})
-        for name in ("no_domain", "one_domain", "two_domains", "reference"):
-            if name in shape:
-                row[name] = shape[name]["ratio"]["median"]
-        floor = found.get("floor", {}).get("37M", 1.0)
-        for name, over in (("one_domain", floor), ("two_domains", 2 * floor - 1)):
-            if name in row:
-                row[f"{name}_over_floor"] = round(row[name] / over, 3)
-        for way in ("greedy", "sampled"):
-            if f"{batch} {way}" in found.get("embedded", {}):
-                row[f"speculative_{way}"] = found["embedded"][f"{batch} {way}"]["adaptive"]["ratio"]["median"]
-    return rows
-
-
-def cell(row: dict[str, Any]) -> str:
-    """Milliseconds and ratio, each as median with the least and the most."""
-    ms, over = row["ms"], row["ratio"]
-    return f"{ms['median']:.2f} | **{over['median']:.2f}** ({over['min']:.2f} to {over['max']:.2f})"
-
-
-def report(found: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = ["# What a memory costs, and what it saves", "", f"{found['hardware']}. Commit {found['commit']}. {found['command']}.", ""]
-    if "shapes" in found:
-        floor = found["floor"]
-        lines += [
-            "## Random models: base 0.4 B, decoders of 37 M (0.1 B where it says so), bfloat16", "",
-            f"The floor, by bytes of weights: one domain {floor['37M']} ({floor['0.1B']} with 0.1 B), two {2 * floor['37M'] - 1:.3f} ({2 * floor['0.1B'] - 1:.3f}).", "",
-            "| batch | | ms per token | over plain vLLM |", "|---|---|---|---|",
-        ]  # fmt: skip
-        lines += [f"| {batch[1:]} | {name} | {cell(row)} |" for batch, rows in found["shapes"].items() for name, row in rows.items()]
-    if "embedded" in found:
-        lines += ["", "## The embedded models on prompts of their domains, float32", ""]
-        for title, rows in found["embedded"].items():
-            lines += [
-                f"### {title.replace('b', 'batch ', 1)}",
-                "",
-                "| K | ms per token | over plain vLLM | accepted up to position 1, 2, ... | same text as K = 0 |",
-            ]
-            lines += ["|---|---|---|---|---|"]
-            for name, row in rows.items():
-                taken = "; ".join(f"{d} {' '.join(f'{x:.2f}' for x in a)}" for d, a in row.get("acceptance", {}).items())
-                same = row.get("same_as_without")
-                lines.append(f"| {name} | {cell(row)} | {taken} | {f'{same[0]} of {same[1]}' if same else ''} |")
-            lines.append("")
-    if "loaded" in found:
-        lines += ["## Domains loaded, one of them active", "", "| loaded | ms per token | over one | resident MB |", "|---|---|---|---|"]
-        lines += [f"| {n} | {cell(row)} | {row['resident_mb']} |" for n, row in found["loaded"].items()]
-    if "first_token" in found:
-        lines += ["", f"## Time to first token; the floor, by multiplications, is {found['first_token']['floor']}", ""]
-        lines += ["| prompt | | ms | over plain vLLM |", "|---|---|---|---|"]
-        lines += [
-            f"| {n} | {name} | {cell(row)} |" for n, rows in found["first_token"].items() if n != "floor" for name, row in rows.items()
-        ]
-    return "\n".join([*lines, "", "![](bench.png)", ""])
-
-
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Time per token over the base's: without speculation by kind of batch, with it by K."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in ("no_domain", "one_domain", "two_domains", "four_domains", "reference"):
-        points = [(int(b[1:]), rows[name]["ratio"]["median"]) for b, rows in found.get("shapes", {}).items() if name in rows]
-        left.plot(*zip(*points, strict=True), marker="o", label=name.replace("_", " ")) if points else None
-    left.set(xlabel="batch", ylabel="ms per token over plain vLLM", xscale="log", title="0.4 B base, 37 M decoders")
-    left.set_xticks(BATCHES, [str(b) for b in BATCHES])
-    left.minorticks_off()
-    for title, rows in found.get("embedded", {}).items():
-        ks = [k for k in ("0", "1", "2", "3", "4", "5", "6", "adaptive") if k in rows]
-        right.plot(ks, [rows[k]["ratio"]["median"] for k in ks], marker="o", label=title.replace("b", "batch ", 1))
-    right.set(xlabel="tokens drafted", ylabel="ms per token over plain vLLM", title="embedded models, real prompts")
-    for axes in (left, right):
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
-        axes.legend(loc="upper left", ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ def vllm(**arguments: Any) -> Ask:
     engine = OfflineEngine(**arguments)
 
     def ask(**job: Any) -> dict[str, Any]:
-        before = engine.drafts()
+        before, parts_before = engine.drafts(), engine.parts()
         timed = engine.ask(**job)
-        after = engine.drafts()
+        after, parts_after = engine.drafts(), engine.parts()
         accepted = [b - a for a, b in zip(before[1] or [0] * len(after[1]), after[1], strict=True)]
         return {
             "seconds": timed.seconds,
@@ -46,6 +46,7 @@ def vllm(**arguments: Any) -> Ask:
             "tokens": timed.tokens,
             "drafts": after[0] - before[0],
             "accepted": accepted,
+            "parts": {part: parts_after[part] - parts_before[part] for part in parts_after},
         }
 
     return ask

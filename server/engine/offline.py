@@ -37,6 +37,7 @@ class OfflineEngine:
         self, base: str, architecture: str, decoders: dict[str, str], drafter: str | None = None, drafted: int = 0, **options: Any
     ) -> None:
         """`decoders` maps domains to folders; with none, this is vLLM without us. `drafter` names a class of server.engine.drafter."""
+        self.composite = bool(decoders)
         if decoders:
             spec = {
                 "base_architecture": architecture,
@@ -64,6 +65,13 @@ class OfflineEngine:
         seconds = time.perf_counter() - started
         first = max(a.metrics.first_token_latency for a in answers if a.metrics is not None)
         return Timed(seconds, first, [list(a.outputs[0].token_ids) for a in answers])
+
+    def parts(self) -> dict[str, float]:
+        """Seconds since the start by part of a step; nothing for vLLM without us."""
+        if not self.composite:
+            return {}
+        times: dict[str, tuple[float, int]] = self.llm.collective_rpc("step_times")[0]
+        return {part: seconds for part, (seconds, _) in times.items()}
 
     def drafts(self) -> tuple[int, list[int]]:
         """Since the start: drafts, and the tokens accepted at each position."""

@@ -44,12 +44,15 @@ def sample(step: Step, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 def _methods(models: Models, tuned: dict[str, Any]) -> dict[str, Step]:
     """Fresh caches for every method."""
     base = load_model(models.base)
-    best = tuned["knn_teacher"]
-    teacher, store = load_model(models.teacher), Datastore.open(models.store)
-    found = {"base": plain(base), "knn_teacher": retrieved(base, store, best["neighbours"], best["tau"], best["lam"], teacher)}
+    found = {"base": plain(base)}
+    for method, kept, keyed in (("knn_teacher", models.store, models.teacher), ("knn", models.own_store, None)):
+        if kept is not None and len(found) == 1:  # one retriever is enough to read
+            best, encoder = tuned[method], None if keyed is None else load_model(keyed)
+            found[method] = retrieved(base, Datastore.open(kept), best["neighbours"], best["tau"], best["lam"], encoder)
     for method, folder in (("dapt", models.dapt), ("lora", models.lora)):
         if folder is not None:
             found[method] = plain(load_model(folder))
     for method, folder in (("control", models.control), ("decoder", models.decoder)):
-        found[method] = mixed(base, load_model(folder), tuned[method]["lambda"])
+        if folder is not None:
+            found[method] = mixed(base, load_model(folder), tuned[method]["lambda"])
     return found

@@ -63,6 +63,8 @@ class Domain:
     """Labels of the bases it is measured beside; all if none is named."""
     without: tuple[str, ...] = ()
     """Methods that are left out: the slow ones."""
+    decoder: Path | None = None
+    """A finished decoder. Nothing is built then, and what only a build leaves is left out: the control, and kNN-LM with the teacher's keys."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Plan:
                 raise OptionError(f"{file}: domains.{name}: wanted {DOMAIN_RULE}")
             if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys() or not isinstance(entry["work"], str):
                 raise OptionError(f"{file}: domains.{name}: wanted corpus and work")
-            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts", "bases", "without")}
+            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts", "bases", "without", "decoder")}
             without = entry.get("without", [])
             if not isinstance(without, list) or not set(map(str, without)) <= set(OPTIONAL):
                 raise OptionError(f"{file}: domains.{name}.without: {without!r}: wanted a list of {', '.join(OPTIONAL)}")
@@ -115,6 +117,9 @@ class Plan:
             prompts = entry.get("prompts", [])
             if not isinstance(prompts, list) or not all(isinstance(p, str) and p for p in prompts):
                 raise OptionError(f"{file}: domains.{name}.prompts: {prompts!r}: wanted a list of texts")
+            finished = entry.get("decoder")
+            if finished is not None and not (isinstance(finished, str) and (here / finished / "config.json").is_file()):
+                raise OptionError(f"{file}: domains.{name}.decoder: {finished!r}: wanted the folder of a decoder")
             try:
                 options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
             except OptionError as error:
@@ -128,6 +133,7 @@ class Plan:
                     tuple(prompts),
                     tuple(beside),
                     tuple(without),
+                    here / finished if finished is not None else None,
                 )
             )
         if not bases or not domains:

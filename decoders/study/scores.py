@@ -48,11 +48,11 @@ class Models:
     base: Path
     dapt: Path | None
     lora: Path | None
-    teacher: Path
+    teacher: Path | None
     decoder: Path
-    control: Path
-    store: Path
-    """The teacher's datastore."""
+    control: Path | None
+    store: Path | None
+    """The teacher's datastore. Teacher, control and this are what a finished decoder has lost."""
     own_store: Path | None
     """A datastore of the base's own keys, if there is one."""
     rag: bool = True
@@ -97,13 +97,15 @@ def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget:
         test = Heldout.open(tokens, "test", budget.test_windows)
         other = Heldout.open(general, "test", budget.general_windows)
         splits = {"valid": valid, "test": test, "general": other}
-        figures: dict[str, Any] = {"bytes": {}, "tuned": {}}
+        figures: dict[str, Any] = {"bytes": {}, "tuned": {}, "recall": {}, "store": {}}
         rows: dict[str, dict[str, Floats]] = {name: {} for name in splits}
-        for method, make in (("knn_teacher", models.store), ("knn", models.own_store)):
-            if make is None:
-                continue
-            keyed = models.teacher if method == "knn_teacher" else models.base
-            _score_knn(method, Datastore.open(make), keyed, models, splits, rows, figures)
+        for method, make, keyed in (("knn_teacher", models.store, models.teacher), ("knn", models.own_store, models.base)):
+            if make is not None and keyed is not None:
+                _score_knn(method, Datastore.open(make), keyed, models, splits, rows, figures)
+        if "base" not in rows["valid"]:
+            alone = load_model(models.base)
+            for name, part in splits.items():
+                rows[name]["base"] = label_logprobs(alone, part.ids, f"base {name}", part.starts)
         base = rows["valid"]["base"]
         for method, tuned in (("dapt", models.dapt), ("lora", models.lora)):
             if tuned is None:
@@ -112,14 +114,16 @@ def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget:
             for name, part in splits.items():
                 rows[name][method] = label_logprobs(model, part.ids, f"{method} {name}", part.starts)
             figures["bytes"][method] = weight_bytes(models.base)
-        for method in ("decoder", "control"):
-            memory = load_model(getattr(models, method))
-            alone = {name: label_logprobs(memory, part.ids, f"{method} {name}", part.starts) for name, part in splits.items()}
-            lam = best_lambda(base, alone["valid"])
+        for method, folder_of in (("decoder", models.decoder), ("control", models.control)):
+            if folder_of is None:
+                continue
+            memory = load_model(folder_of)
+            own = {name: label_logprobs(memory, part.ids, f"{method} {name}", part.starts) for name, part in splits.items()}
+            lam = best_lambda(base, own["valid"])
             for name in splits:
-                rows[name][method] = mix(rows[name]["base"], alone[name], lam)
-            figures["tuned"][method] = {"lambda": lam, "alone": round(perplexity(alone["test"]), 3)}
-            figures["bytes"][method] = weight_bytes(models.base) + weight_bytes(getattr(models, method))
+                rows[name][method] = mix(rows[name]["base"], own[name], lam)
+            figures["tuned"][method] = {"lambda": lam, "alone": round(perplexity(own["test"]), 3)}
+            figures["bytes"][method] = weight_bytes(models.base) + weight_bytes(folder_of)
         if models.rag:
             _score_rag(models, tokens, valid, test, other, budget, rows, figures)
         figures["bytes"]["base"] = weight_bytes(models.base)
@@ -153,7 +157,7 @@ def _score_knn(
         distances, numbers = store.search(queries, most, PROBED)
         found[name] = distances, numbers, store.values[numbers] == part.labels[:, None]
         if name == "test":
-            figures.setdefault("recall", {})[method] = _recall(store, queries[:CHECKED], numbers[:CHECKED])
+            figures["recall"][method] = _recall(store, queries[:CHECKED], numbers[:CHECKED])
     base = {name: np.exp(rows[name]["base"]) for name in splits}
     best = tune(found["valid"][0], found["valid"][2], base["valid"], NEIGHBOURS)
     for name, (distances, _, hits) in found.items():
@@ -162,7 +166,7 @@ def _score_knn(
     per_entry = 2 * store.keys.shape[1] + store.values.dtype.itemsize + store.keys.shape[1] / 16 + 8
     extra = 0 if keyed == models.base else weight_bytes(keyed)
     figures["bytes"][method] = weight_bytes(models.base) + extra + int(len(store.keys) * per_entry)
-    figures.setdefault("store", {})[method] = {
+    figures["store"][method] = {
         "entries": len(store.keys),
         "bytes": int(len(store.keys) * per_entry),
         "smaller": list(_smaller_stores(found, base, len(store.keys), per_entry)),

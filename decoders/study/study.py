@@ -28,7 +28,7 @@ from decoders.study.scores import Heldout, Models, write_scores
 from decoders.study.served import served_logprobs
 from decoders.study.steps import Step, mixed, plain, rag, retrieved
 from decoders.teacher import write_tuned
-from decoders.tokenizer import load_tokenizer, token_map_hash
+from decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from decoders.tokens import load_tokens, write_tokens
 from decoders.train import Schedule
 
@@ -45,9 +45,9 @@ class Study:
         pairs, timed = [], {}
         for domain in self.plan.domains:
             build = self._build(domain)
-            build.run("decoder")
+            build.run("tokens" if domain.decoder else "decoder")
             for label in domain.bases or self.plan.bases:
-                models = self._models(build, label, domain.without)
+                models = self._models(build, label, domain)
                 scores = self._scores(build, label, models, general)
                 pairs.append((domain.name, label, scores))
                 if server:
@@ -71,17 +71,19 @@ class Study:
         inputs: Manifest = {"corpus": corpus.fingerprint(), "token_map": token_map_hash(tokenizer)}
         return write_tokens(self.plan.work / "general" / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
 
-    def _models(self, build: Build, label: str, without: tuple[str, ...]) -> Models:
+    def _models(self, build: Build, label: str, domain: Domain) -> Models:
         """The models of one row, trained where they are missing."""
-        work, budget = build.work, self.plan.bases[label]
-        base = budget.path
-        tokens, teacher, decoder = work / "tokens", work / "teacher", work / "decoder"
+        work, budget, without = build.work, self.plan.bases[label], domain.without
+        base, tokens = budget.path, work / "tokens"
+        teacher, store, control = (None, None, None) if domain.decoder else (work / "teacher", work / "datastore", build.control(tokens))
+        decoder = domain.decoder or work / "decoder"
+        require_same_token_map(load_tokenizer(base), load_tokenizer(decoder), str(decoder))
         source: Manifest = {"tokens": fingerprint(read_manifest(tokens)["inputs"]), "base": fingerprint_model(base)}
 
         dapt = lora = None
         if budget.dapt_tokens and "dapt" not in without:
             tuning = replace(build.options.teacher_schedule(), tokens=budget.dapt_tokens)
-            if base == self._first and tuning == build.options.teacher_schedule():
+            if teacher is not None and base == self._first and tuning == build.options.teacher_schedule():
                 dapt = teacher  # the build's teacher is this very thing
             else:
                 dapt = write_tuned(work / f"dapt-{label}", tokens, base, tuning, source | {"schedule": tuning.to_dict()})
@@ -94,8 +96,7 @@ class Study:
         if budget.own_keys and "knn" not in without:
             inputs = source | {"entries": build.options.entries}
             own_store = write_datastore(work / f"datastore-{label}", tokens, base, build.options.entries, inputs)
-        control = build.control(tokens)
-        return Models(base, dapt, lora, teacher, decoder, control, work / "datastore", own_store, budget.rag and "rag" not in without)
+        return Models(base, dapt, lora, teacher, decoder, control, store, own_store, budget.rag and "rag" not in without)
 
     def _scores(self, build: Build, label: str, models: Models, general: Path) -> Path:
         inputs = {**models.fingerprints(), "budget": asdict(self.plan.budget), "general": read_manifest(general)["inputs"]}
@@ -115,7 +116,7 @@ class Study:
         return result
 
     def _milliseconds(self, build: Build, models: Models, tuned: dict[str, Any]) -> dict[str, float]:
-        base, memory, teacher = load_model(models.base), load_model(models.decoder), load_model(models.teacher)
+        base, memory = load_model(models.base), load_model(models.decoder)
         train, test = load_tokens(build.work / "tokens", "train"), load_tokens(build.work / "tokens", "test")
         methods: dict[str, Callable[[], Step]] = {
             "base": partial(plain, base),
@@ -124,10 +125,10 @@ class Study:
         if models.rag:
             how = RagOptions(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
             methods["rag"] = partial(rag, base, Passages.build(train, load_tokenizer(models.base), how.passage), how)
-        stores = {"knn_teacher": (models.store, teacher), "knn": (models.own_store, None)}
-        for name, (folder, encoder) in stores.items():
+        stores = {"knn_teacher": (models.store, models.teacher), "knn": (models.own_store, None)}
+        for name, (folder, keyed) in stores.items():
             if folder is not None:
-                best = tuned[name]
+                best, encoder = tuned[name], load_model(keyed) if keyed is not None else None
                 methods[name] = partial(retrieved, base, Datastore.open(folder), best["neighbours"], best["tau"], best["lam"], encoder)
         found = latency.milliseconds(methods, test, self.plan.budget.latency_tokens)
         return {**found, "control": found["decoder"], "dapt": found["base"], "lora": found["base"]}

@@ -94,6 +94,42 @@ def test_every_method_is_in_the_table(study: Path) -> None:
     assert {p.name for p in (study / "results").glob("*.png")} == {"perplexity-S.png", "perplexity-M.png", "compression.png"}
 
 
+FINISHED = """
+general = "corpus"
+work = "study"
+[bases.S]
+path = "base"
+dapt_tokens = 4096
+lora_tokens = 0
+rag = false
+[budget]
+valid_windows = 6
+test_windows = 8
+general_windows = 2
+latency_tokens = 2
+[build]
+teacher_tokens = 4096
+entries = 4000
+[domains.tiny]
+corpus = "corpus"
+work = "finished"
+decoder = "tiny/decoder"
+prompts = ["def f("]
+"""
+
+
+def test_a_finished_decoder_needs_no_build(study: Path) -> None:
+    """It is compared with all that can be made without one, with the figures that it had before."""
+    (study / "finished.toml").write_text(FINISHED)
+    assert main(["evaluate", str(study / "finished.toml"), "--out", str(study / "again")]) == 0
+    (row,) = json.loads((study / "again" / "results.json").read_text())["results"]
+    assert list(row["methods"]) == ["base", "knn", "dapt", "decoder"]
+    before = json.loads((study / "results" / "results.json").read_text())["results"][0]
+    for method in ("base", "knn", "decoder"):
+        assert row["methods"][method]["perplexity"] == before["methods"][method]["perplexity"]
+    assert not (study / "finished" / "decoder").exists()
+
+
 def test_the_tables_mixture_is_the_papers(study: Path) -> None:
     """Recomputed from the models."""
     row = json.loads((study / "results" / "results.json").read_text())["results"][0]

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from decoders.package import read_json
-from decoders.tokenizer import TRUST
+from decoders.tokenizer import TRUST, first_line
 from server import logs
 from server.api.limits import Limits, bound_queue
 from server.engine.domain_updates import ADMIN_KEY
@@ -73,7 +74,10 @@ def parse(argv: list[str]) -> Namespace:
     # Ours are taken out first: vLLM's parser warns of every option that is given twice.
     mine, rest = _options(ArgumentParser(prog="memdec serve", add_help=False, allow_abbrev=False)).parse_known_args(argv)
     parser = FlexibleArgumentParser(prog="memdec serve", description="Serve MODEL with memory decoders. Every option of vLLM works too.")
-    args: Namespace = make_arg_parser(_options(parser)).parse_args(rest)
+    try:
+        args: Namespace = make_arg_parser(_options(parser)).parse_args(rest)
+    except RuntimeError as error:  # a CUDA build where there is no GPU
+        raise StartupError(f"vLLM finds nothing to run on: {first_line(error)}") from None
     if not getattr(args, "model_tag", None):
         raise StartupError("MODEL is missing: memdec serve MODEL --decoder NAME=PATH")
     args.model = args.model_tag
@@ -135,6 +139,9 @@ def configure(args: Namespace, models: Models) -> None:
     if args.limits.log_json:
         logs.write_json()
         args.logging_config = replace(getattr(args, "logging_config", None) or LoggingConfig(), formatter="json")
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and not args.enforce_eager and os.environ.get("TORCH_COMPILE_DISABLE") != "1":
+        require_compiler()
     if not 0 <= args.baseline_sample_rate <= 1:
         raise StartupError(f"--baseline-sample-rate {args.baseline_sample_rate}: wanted a number from 0 to 1")
     if args.baseline_sample_rate:
@@ -155,7 +162,6 @@ def configure(args: Namespace, models: Models) -> None:
     args.model = str(models.base)
     args.served_model_name = models.domains.models
     args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
-    on_cpu = not torch.cuda.is_available()
     if models.domains.all:
         args.worker_cls = worker_class()
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and args.distributed_executor_backend is None:
@@ -172,6 +178,13 @@ def configure(args: Namespace, models: Models) -> None:
         raise StartupError(f"--api-server-count {args.api_server_count}: wanted 1; start several servers behind a load balancer instead")
     if "--shutdown-timeout" not in args.explicit:
         args.shutdown_timeout = SHUTDOWN_TIMEOUT
+
+
+def require_compiler() -> None:
+    """Raise StartupError where torch.compile would look for a C++ compiler in vain."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise StartupError(f"{compiler}: no such compiler, and torch.compile needs one; install it, or give --enforce-eager")
 
 
 def worker_class() -> str:

@@ -156,6 +156,15 @@ def test_a_context_longer_than_the_decoders_is_refused(toys: Path) -> None:
     assert "1024" in done.stderr.strip().splitlines()[-1]
 
 
+def test_no_compiler(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile's own complaint is pages long."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    done = serve(str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("memdec: error: no-such-compiler: ")
+
+
 def test_an_architecture_vllm_does_not_have(toys: Path, decoder: Path) -> None:
     """Named, with its owner."""
     edit_json(decoder / "config.json", architectures=["NobodysForCausalLM"])

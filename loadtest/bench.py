@@ -9,6 +9,7 @@ least and the most of the rounds. Writes bench.json, bench.md and bench.png to l
 3. One active domain among 1, 2, 4, 8 that are loaded.
 4. Time to first token for prompts of 128, 512 and 2,048 tokens; there the floor is the multiplications of both models over the base's.
 
+Each part is a run of its own: with --parts, the others stay as they were in bench.json.
 Prompts come from PROMPTS/DOMAIN/test.txt; without --prompts there are those of `python` alone, from this Python's standard library.
 """
 
@@ -79,7 +80,10 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
+    how = f"{args.rounds} rounds, {args.tokens} tokens, prompts of {'the domains' if args.prompts else 'the standard library'}"
+    kept = args.out / "bench.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"runs": {}}
+    found["runs"] |= {str(part): f"commit {commit()}, {how}" for part in args.parts}
     if {1, 3, 4} & set(args.parts):
         sizes = {name: make(args.work / name, shape) for name, shape in SHAPES.items()}
         found["floor"] = {name: round(1 + sizes[name] / sizes["base"], 3) for name in ("37M", "0.1B")}
@@ -91,13 +95,9 @@ def main() -> None:
         found["loaded"] = loaded(args)
     if 4 in args.parts:
         found["first_token"] = first_token(args)
-    found |= {
-        "hardware": f"{cpu()}, {os.cpu_count()} cores",
-        "commit": commit(),
-        "command": f"make bench: {args.rounds} rounds, {args.tokens} tokens, prompts of {'the domains' if args.prompts else 'the standard library'}",
-    }
+    found |= {"hardware": f"{cpu()}, {os.cpu_count()} cores", "commit": commit()}
     text = report(found)
-    (args.out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+    kept.write_text(json.dumps(found, indent=1) + "\n")
     (args.out / "bench.md").write_text(text)
     plot(found, args.out / "bench.png")
     print(text)

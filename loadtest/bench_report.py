@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 8, 32)
+PARTS = {"1": "random models", "2": "embedded models", "3": "domains loaded", "4": "time to first token"}
 
 
 def ratio(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -32,7 +33,8 @@ def cell(row: dict[str, Any]) -> str:
 
 def report(found: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["# What a memory costs, and what it saves", "", f"{found['hardware']}. Commit {found['commit']}. {found['command']}.", ""]
+    lines = ["# What a memory costs, and what it saves", "", f"`make bench`, {found['hardware']}.", ""]
+    lines += [f"* {PARTS[part]}: {how}" for part, how in sorted(found["runs"].items())] + [""]
     if "shapes" in found:
         floor = found["floor"]
         lines += [

@@ -76,7 +76,7 @@ def test_the_benchmarks_report_and_ratios() -> None:
     row = {"ms": {"median": 2.0, "min": 1.0, "max": 3.0}, "ratio": {"median": 1.2, "min": 1.1, "max": 1.3}}
     names = ("plain", "no_domain", "one_domain", "two_domains", "reference")
     found = {
-        "hardware": "h", "commit": "c", "command": "make bench", "floor": {"37M": 1.1, "0.1B": 1.3},
+        "hardware": "h", "runs": {"1": "commit c"}, "floor": {"37M": 1.1, "0.1B": 1.3},
         "shapes": {f"b{n}": dict.fromkeys(names, row) for n in (1, 8, 32)},
         "embedded": {f"b{n} {way}": {"adaptive": {**row, "acceptance": {"law": [0.9]}}} for n in (1, 8, 32) for way in ("greedy", "sampled")},
     }  # fmt: skip

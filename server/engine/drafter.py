@@ -20,6 +20,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from server.engine.draft_length import DraftLengths
+from server.model.routing import NONE_KNOWN
 
 
 class DraftingScheduler(Scheduler):
@@ -118,11 +119,11 @@ class MemoryDrafter:
             self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
         self.lengths.keep(set(ids))
 
-    def known(self, request: str, position: int, tokens: np.ndarray[Any, Any]) -> Tensor | None:
-        """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]; None if none was."""
+    def known(self, request: str, position: int, tokens: np.ndarray[Any, Any]) -> Tensor:
+        """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]."""
         seen = self.seen.get(request)
         if seen is None or seen.position != position:
-            return None
+            return NONE_KNOWN
         same = 0
         while same < min(len(tokens), len(seen.tokens)) and tokens[same] == seen.tokens[same]:
             same += 1

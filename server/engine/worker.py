@@ -26,10 +26,8 @@ from server.engine.attention import RunnerAttention
 from server.engine.choice import MemoryChoice
 from server.engine.slots import HoldsSlots, chosen
 from server.model.attention import attention_names
-from server.model.routing import RowChoice, StepRouting
+from server.model.routing import NONE_KNOWN, RowChoice, StepRouting
 from server.model.slots import slots_of
-
-NONE_KNOWN = torch.zeros(0, 0)
 
 
 class RoutesSteps:
@@ -72,7 +70,7 @@ class RoutesSteps:
         runner: Any = self
         batch = runner.input_batch
         ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
-        known = [self._known(row, r, ends[row], ends[row + 1]) for row, r in enumerate(batch.req_ids)]
+        known = self._known(ends)
         rows = [self._row(runner.requests[r], ends[i + 1] - ends[i], len(known[i])) for i, r in enumerate(batch.req_ids)]
         total = len(input_ids) if input_ids is not None else len(kwargs["inputs_embeds"])
         captured = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
@@ -85,14 +83,14 @@ class RoutesSteps:
         more["attention"] = {group.slot: self.attention.of_step(group) for group in parts} if not captured else {}
         return super()._model_forward(input_ids, *args, **more, **kwargs)  # type: ignore[misc]
 
-    def _known(self, row: int, request: str, start: int, end: int) -> torch.Tensor:
-        """Hidden states of the request's first tokens in this step that its decoder has seen while drafting, [n, H_memory]."""
+    def _known(self, ends: list[int]) -> list[torch.Tensor]:
+        """Per request: hidden states of its first tokens in this step that its decoder has seen while drafting, [n, H_memory]."""
         runner: Any = self
-        if runner.speculative_config is None:
-            return NONE_KNOWN
-        position = int(runner.input_batch.num_computed_tokens_cpu[row])
-        hidden: torch.Tensor | None = runner.drafter.known(request, position, runner.input_ids.np[start:end])
-        return NONE_KNOWN if hidden is None else hidden
+        batch = runner.input_batch
+        if runner.speculative_config is None or not runner.drafter.seen:
+            return [NONE_KNOWN] * len(batch.req_ids)
+        places, ids = batch.num_computed_tokens_cpu, runner.input_ids.np
+        return [runner.drafter.known(name, int(places[i]), ids[ends[i] : ends[i + 1]]) for i, name in enumerate(batch.req_ids)]
 
     def _calc_spec_decode_metadata(self, num_draft_tokens: Any, cu_num_tokens: Any) -> Any:
         """What is to be verified; where that is nothing, the one field that is read: the last token of each request."""

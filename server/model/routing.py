@@ -13,6 +13,9 @@ from server.model.packing import tail
 
 NO_DOMAIN = 0  # the slot of requests that use the base alone; decoders have slots 1 to D, datastores D + 1 to D + S
 
+NONE_KNOWN = torch.zeros(0, 0)
+"""Hidden states of no tokens."""
+
 
 @dataclass(frozen=True)
 class RowChoice:

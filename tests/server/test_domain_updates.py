@@ -34,7 +34,7 @@ ADMIN, USER = {"Authorization": "Bearer the admin's"}, {"Authorization": "Bearer
 VERSIONS = [f"v{i}" for i in range(1, 7)]
 SLOTS = 4
 TOKENS = 10
-LAUNCH = (ROOT / "server" / "engine" / "launch.py").read_text()
+OPTIONS = (ROOT / "server" / "engine" / "options.py").read_text()
 REQUESTS = 1000
 PREFIXES = [[100 + (salt * 137 + i * i * 11 + i * salt) % 900 for i in range(300)] for salt in (1, 2)]  # two cache blocks and more
 PROMPTS = [[*prefix, 200 + i] for prefix in PREFIXES for i in range(2)] + [[300, 301, 302], [400, 401]]
@@ -176,7 +176,7 @@ def test_the_pages_commands(http: httpx.Client) -> None:
     page = (ROOT / "docs" / "domains.md").read_text()
     start, curls = re.findall(r"```sh\n(.*?)```", page, re.S)
     for option in re.findall(r"--[\w-]+", start):
-        assert option in LAUNCH, option
+        assert option in OPTIONS, option
     codes = []
     for line in curls.splitlines():
         line = line.replace("http://127.0.0.1:8000", str(http.base_url).rstrip("/")).replace('"papers-', '".v')

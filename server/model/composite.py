@@ -7,6 +7,8 @@ Started on the base's own folder with
 
 Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states. D is `slots`, or the
 number of decoders; slots without a decoder are empty until one is loaded into them (see server.model.slots).
+
+Steps that are full CUDA graphs run all decoders as one (see server.model.stacked); with "stacked": true in the above every step does, for tests.
 """
 
 import copy

@@ -34,10 +34,12 @@ def test_sizes() -> None:
         assert sum(f.stat().st_size for f in (ZOO / domain).iterdir()) <= 12e6
 
 
-def test_all_domains_can_be_served_together() -> None:
+@pytest.mark.parametrize("base", ["base", "base-m"])
+def test_all_domains_can_be_served_together(base: str) -> None:
     """Same tokenizer and shape, tuned beside this base."""
-    models = check_models(str(ZOO / "base"), [f"{d}={ZOO / d}" for d in DOMAINS])
+    models = check_models(str(ZOO / base), [f"{d}={ZOO / d}" for d in DOMAINS])
     assert all(d.tuned for d in models.domains)
+    assert sum(f.stat().st_size for f in (ZOO / base).iterdir()) <= 60e6
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

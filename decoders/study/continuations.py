@@ -1,5 +1,6 @@
 """Sampled continuations of the same prompts under every method, side by side, for people to read."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -45,10 +46,9 @@ def _methods(models: Models, tuned: dict[str, Any]) -> dict[str, Step]:
     """Fresh caches for every method."""
     base = load_model(models.base)
     found = {"base": plain(base)}
-    for method, kept, keyed in (("knn_teacher", models.store, models.teacher), ("knn", models.own_store, None)):
-        if kept is not None and len(found) == 1:  # one retriever is enough to read
-            best, encoder = tuned[method], None if keyed is None else load_model(keyed)
-            found[method] = retrieved(base, Datastore.open(kept), best["neighbours"], best["tau"], best["lam"], encoder)
+    for method, store, keyed in itertools.islice(models.retrievers(), 1):  # one is enough to read
+        best, encoder = tuned[method], None if keyed == models.base else load_model(keyed)
+        found[method] = retrieved(base, Datastore.open(store), best["neighbours"], best["tau"], best["lam"], encoder)
     for method, folder in (("dapt", models.dapt), ("lora", models.lora)):
         if folder is not None:
             found[method] = plain(load_model(folder))

@@ -58,6 +58,12 @@ class Models:
     rag: bool = True
     """Whether RAG is scored."""
 
+    def retrievers(self) -> Iterator[tuple[str, Path, Path]]:
+        """The kNN-LMs there are: method, datastore, and the model that its keys are from."""
+        for method, store, keyed in (("knn_teacher", self.store, self.teacher), ("knn", self.own_store, self.base)):
+            if store is not None and keyed is not None:
+                yield method, store, keyed
+
     def fingerprints(self) -> Manifest:
         """For a manifest."""
         names = ("base", "dapt", "lora", "teacher", "decoder", "control")
@@ -99,9 +105,8 @@ def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget:
         splits = {"valid": valid, "test": test, "general": other}
         figures: dict[str, Any] = {"bytes": {}, "tuned": {}, "recall": {}, "store": {}}
         rows: dict[str, dict[str, Floats]] = {name: {} for name in splits}
-        for method, make, keyed in (("knn_teacher", models.store, models.teacher), ("knn", models.own_store, models.base)):
-            if make is not None and keyed is not None:
-                _score_knn(method, Datastore.open(make), keyed, models, splits, rows, figures)
+        for method, store, keyed in models.retrievers():
+            _score_knn(method, Datastore.open(store), keyed, models, splits, rows, figures)
         if "base" not in rows["valid"]:
             alone = load_model(models.base)
             for name, part in splits.items():

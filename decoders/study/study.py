@@ -125,11 +125,9 @@ class Study:
         if models.rag:
             how = RagOptions(**{k: v for k, v in tuned["rag"].items() if k != "tried"})
             methods["rag"] = partial(rag, base, Passages.build(train, load_tokenizer(models.base), how.passage), how)
-        stores = {"knn_teacher": (models.store, models.teacher), "knn": (models.own_store, None)}
-        for name, (folder, keyed) in stores.items():
-            if folder is not None:
-                best, encoder = tuned[name], load_model(keyed) if keyed is not None else None
-                methods[name] = partial(retrieved, base, Datastore.open(folder), best["neighbours"], best["tau"], best["lam"], encoder)
+        for name, store, keyed in models.retrievers():
+            best, encoder = tuned[name], None if keyed == models.base else load_model(keyed)
+            methods[name] = partial(retrieved, base, Datastore.open(store), best["neighbours"], best["tau"], best["lam"], encoder)
         found = latency.milliseconds(methods, test, self.plan.budget.latency_tokens)
         return {**found, "control": found["decoder"], "dapt": found["base"], "lora": found["base"]}
 

@@ -64,9 +64,9 @@ class MemoryDecoderForCausalLM(nn.Module):
         """Configuration of decoders loaded later: compiling one would hold all requests up."""
         share_attention(towers, vllm_config.compilation_config.static_forward_context)
         self.towers = nn.ModuleList([*towers, *[None] * (capacity(spec) - len(towers))])  # type: ignore[list-item]
+        self.always_stacked = bool(spec.get("stacked"))
         self.stacked = self._stacked(vllm_config)
         """The way for CUDA graphs, if they are wanted and the decoders' layers allow it."""
-        self.always_stacked = bool(spec.get("stacked"))
         self.graphs: dict[str, Callable[..., Any]] = {}
         """What runs base and stacked tower in their stead: their graphs (see `wrap`)."""
         self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
@@ -91,7 +91,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         config = vllm_config.compilation_config
         mode = config.cudagraph_mode or CUDAGraphMode.NONE
         graphs = not current_platform.is_cpu() and mode.has_full_cudagraphs()
-        if not graphs and not vllm_config.model_config.hf_config.memory_decoder.get("stacked"):
+        if not graphs and not self.always_stacked:
             return None
         most = vllm_config.scheduler_config.max_num_batched_tokens
         found = StackedTower(self.later_tower, self.towers[0], len(self.towers), most, self.memory_ids, config.static_forward_context)

@@ -36,6 +36,7 @@ ENV PATH=/venv/bin:$PATH
 WORKDIR /src
 RUN python -m venv /venv && pip install --no-cache-dir setuptools==78.1.1
 COPY pyproject.toml README.md LICENSE ./
+COPY memdec memdec
 COPY server server
 COPY decoders decoders
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --prefix=/memdec .

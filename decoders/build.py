@@ -7,22 +7,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from decoders import parallel
-from decoders.corpus import Corpus
-from decoders.datastore import PIECE, write_datastore
-from decoders.decoder import write_control, write_decoder
-from decoders.errors import OptionError
-from decoders.evaluate import measure, table
-from decoders.knn_targets import KEPT, KINDS, write_targets
-from decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
-from decoders.models import load_model
-from decoders.near_duplicates import Cleaned, write_near_duplicates
-from decoders.package import DOMAIN, DOMAIN_RULE, check_weights, fingerprint_model, write_package
-from decoders.pretrain import DECODER, Shape
-from decoders.teacher import write_student, write_tuned
-from decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
-from decoders.tokens import load_tokens, write_tokens
-from decoders.train import Schedule
+from memdec.decoders import parallel
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.datastore import PIECE, write_datastore
+from memdec.decoders.decoder import write_control, write_decoder
+from memdec.decoders.errors import OptionError
+from memdec.decoders.evaluate import measure, table
+from memdec.decoders.knn_targets import KEPT, KINDS, write_targets
+from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
+from memdec.decoders.models import load_model
+from memdec.decoders.near_duplicates import Cleaned, write_near_duplicates
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, check_weights, fingerprint_model, write_package
+from memdec.decoders.pretrain import DECODER, Shape
+from memdec.decoders.teacher import write_student, write_tuned
+from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
+from memdec.decoders.tokens import load_tokens, write_tokens
+from memdec.decoders.train import Schedule
 
 LEAST_ENTRIES = 2_000  # what the training windows need
 

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from decoders import parallel
-from decoders.arrays import fill_array
-from decoders.manifest import Bookmark, Manifest, stage
-from decoders.models import load_model
-from decoders.tokenizer import first_line
-from decoders.tokens import Ids, load_tokens
-from decoders.train import fast_precision, keep_freed_memory, progress
+from memdec.decoders import parallel
+from memdec.decoders.arrays import fill_array
+from memdec.decoders.manifest import Bookmark, Manifest, stage
+from memdec.decoders.models import load_model
+from memdec.decoders.tokenizer import first_line
+from memdec.decoders.tokens import Ids, load_tokens
+from memdec.decoders.train import fast_precision, keep_freed_memory, progress
 
 WINDOW, FRESH = 512, 384  # tokens a window, and how many of its last keys are kept: no key has seen fewer than 128 tokens
 BATCH = 8  # windows embedded at a time

@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoders import parallel
-from decoders.loss import soft_targets
-from decoders.manifest import Manifest, stage
-from decoders.models import load_model, save_model
-from decoders.tokenizer import load_tokenizer
-from decoders.tokens import Ids, load_tokens
-from decoders.train import Schedule, Targets, plain_targets, train
+from memdec.decoders import parallel
+from memdec.decoders.loss import soft_targets
+from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.models import load_model, save_model
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.tokens import Ids, load_tokens
+from memdec.decoders.train import Schedule, Targets, plain_targets, train
 
 
 @dataclass(frozen=True)

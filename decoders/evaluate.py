@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from decoders.tokens import Ids
-from decoders.train import keep_freed_memory, progress
+from memdec.decoders.tokens import Ids
+from memdec.decoders.train import keep_freed_memory, progress
 
 WINDOW = 512
 SCORED = WINDOW // 2  # tokens a window, its last ones

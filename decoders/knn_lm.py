@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoders.tokens import Ids
+from memdec.decoders.tokens import Ids
 
 TAUS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(20))  # 0 too: a retriever that only hurts is left out

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decoders import parallel
-from decoders.arrays import fill_array
-from decoders.datastore import Datastore, Floats, Keys, embed
-from decoders.knn_lm import Numbers, Tuned, add_up, label_probabilities, token_masses, tune
-from decoders.manifest import Bookmark, Manifest, stage, write_whole
-from decoders.models import load_model
-from decoders.tokens import Ids, load_tokens
-from decoders.train import progress
+from memdec.decoders import parallel
+from memdec.decoders.arrays import fill_array
+from memdec.decoders.datastore import Datastore, Floats, Keys, embed
+from memdec.decoders.knn_lm import Numbers, Tuned, add_up, label_probabilities, token_masses, tune
+from memdec.decoders.manifest import Bookmark, Manifest, stage, write_whole
+from memdec.decoders.models import load_model
+from memdec.decoders.tokens import Ids, load_tokens
+from memdec.decoders.train import progress
 
 KINDS = ("knn", "knn-lm")
 KEPT = 64  # tokens a row

@@ -17,8 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from decoders import parallel
-from decoders.errors import ManifestError
+from memdec.decoders import parallel
+from memdec.decoders.errors import ManifestError
 
 NAME = "manifest.json"
 INPUTS = "inputs.json"  # what a partial folder is being made from

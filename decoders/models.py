@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from decoders.errors import PackageError
-from decoders.tokenizer import first_line, trusted
+from memdec.decoders.errors import PackageError
+from memdec.decoders.tokenizer import first_line, trusted
 
 
 def load_model(folder: Path | str) -> PreTrainedModel:

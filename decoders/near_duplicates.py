@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from decoders import parallel
-from decoders.corpus import SPLITS, Corpus
-from decoders.manifest import Manifest, stage
+from memdec.decoders import parallel
+from memdec.decoders.corpus import SPLITS, Corpus
+from memdec.decoders.manifest import Manifest, stage
 
 WORDS = 13  # words a gram: what GPT-3's contamination study used
 SHARE = 0.3

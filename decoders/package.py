@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decoders import parallel
-from decoders.errors import PackageError
-from decoders.manifest import Manifest, stage
-from decoders.tokenizer import load_tokenizer, token_map_hash
+from memdec.decoders import parallel
+from memdec.decoders.errors import PackageError
+from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.tokenizer import load_tokenizer, token_map_hash
 
 NAME = "memory_decoder.json"
 CARD = "README.md"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from decoders.tokens import Ids
+from memdec.decoders.tokens import Ids
 
 TOKENS, INDEX = "passages.npy", "bm25"
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from decoders import parallel
-from decoders.corpus import Corpus
-from decoders.errors import PackageError
-from decoders.manifest import Manifest, fingerprint, stage
-from decoders.models import load_model, save_model
-from decoders.near_duplicates import Cleaned
-from decoders.package import fingerprint_model
-from decoders.tokenizer import load_tokenizer, token_map_hash, train_tokenizer
-from decoders.tokens import load_tokens, write_tokens
-from decoders.train import Schedule, train
+from memdec.decoders import parallel
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.errors import PackageError
+from memdec.decoders.manifest import Manifest, fingerprint, stage
+from memdec.decoders.models import load_model, save_model
+from memdec.decoders.near_duplicates import Cleaned
+from memdec.decoders.package import fingerprint_model
+from memdec.decoders.tokenizer import load_tokenizer, token_map_hash, train_tokenizer
+from memdec.decoders.tokens import load_tokens, write_tokens
+from memdec.decoders.train import Schedule, train
 
 SAMPLE = 8_000_000  # characters of each corpus that the tokenizer sees
 

@@ -6,10 +6,10 @@
     passages.npy      the training text in passages, [passages, length]
     bm25/             the index over their words
 
-The keys are the base's final normed hidden states, those of `decoders.datastore`, but of the base as it is: at inference
+The keys are the base's final normed hidden states, those of `memdec.decoders.datastore`, but of the base as it is: at inference
 they come with the base's own pass. (The datastore that a decoder imitates has the keys of a teacher tuned on the domain, a whole further model.)
 
-This module reads and checks the folder; `decoders.retrieval_build` makes it.
+This module reads and checks the folder; `memdec.decoders.retrieval_build` makes it.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from typing import Any
 import faiss
 import numpy as np
 
-from decoders.datastore import Datastore
-from decoders.errors import PackageError
-from decoders.manifest import fingerprint
-from decoders.package import fingerprint_model, is_lambda, read_json
-from decoders.passages import RagOptions
+from memdec.decoders.datastore import Datastore
+from memdec.decoders.errors import PackageError
+from memdec.decoders.manifest import fingerprint
+from memdec.decoders.package import fingerprint_model, is_lambda, read_json
+from memdec.decoders.passages import RagOptions
 
 NAME = "retrieval.json"
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""`memdec retrieval`: corpus -> tokens -> the base's own keys -> tuned -> a folder to serve (see decoders.retrieval)."""
+"""`memdec retrieval`: corpus -> tokens -> the base's own keys -> tuned -> a folder to serve (see memdec.decoders.retrieval)."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from decoders import parallel
-from decoders.build import LEAST_ENTRIES, Build
-from decoders.corpus import Corpus
-from decoders.datastore import PIECE, Datastore, spread, write_datastore, write_index
-from decoders.errors import OptionError
-from decoders.evaluate import perplexity, score, scored, windows
-from decoders.knn_lm import Tuned, tune
-from decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
-from decoders.models import load_model
-from decoders.package import fingerprint_model
-from decoders.passages import Passages, RagOptions
-from decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
-from decoders.tokenizer import load_tokenizer
-from decoders.tokens import load_tokens
+from memdec.decoders import parallel
+from memdec.decoders.build import LEAST_ENTRIES, Build
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.datastore import PIECE, Datastore, spread, write_datastore, write_index
+from memdec.decoders.errors import OptionError
+from memdec.decoders.evaluate import perplexity, score, scored, windows
+from memdec.decoders.knn_lm import Tuned, tune
+from memdec.decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
+from memdec.decoders.models import load_model
+from memdec.decoders.package import fingerprint_model
+from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.tokens import load_tokens
 
 NEIGHBOURS = (16, 64, 256, 1024)
 PROBED = (8, 16, 64)

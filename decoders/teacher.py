@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from decoders import parallel
-from decoders.manifest import Manifest, stage
-from decoders.models import load_model, save_model
-from decoders.pretrain import Shape, new_model
-from decoders.tokenizer import load_tokenizer
-from decoders.tokens import load_tokens
-from decoders.train import Schedule, train
+from memdec.decoders import parallel
+from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.models import load_model, save_model
+from memdec.decoders.pretrain import Shape, new_model
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.tokens import load_tokens
+from memdec.decoders.train import Schedule, train
 
 
 def write_tuned(out: Path, tokens: Path, base: Path, schedule: Schedule, manifest: Manifest) -> Path:

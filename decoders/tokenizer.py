@@ -11,7 +11,7 @@ from tokenizers import decoders as token_decoders
 from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from decoders.errors import PackageError, TokenizerMismatch
+from memdec.decoders.errors import PackageError, TokenizerMismatch
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TRUST = "MEMDEC_TRUST_REMOTE_CODE"  # in the environment, so that child processes know: "1" if the user has asked to run code that comes with models

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from decoders import parallel
-from decoders.arrays import GrowingArray
-from decoders.corpus import SPLITS
-from decoders.errors import CorpusError
-from decoders.manifest import Bookmark, Manifest, stage
-from decoders.near_duplicates import Cleaned
+from memdec.decoders import parallel
+from memdec.decoders.arrays import GrowingArray
+from memdec.decoders.corpus import SPLITS
+from memdec.decoders.errors import CorpusError
+from memdec.decoders.manifest import Bookmark, Manifest, stage
+from memdec.decoders.near_duplicates import Cleaned
 
 BATCH = 64  # documents a tokenizer call
 MINIMUM = 5_000  # tokens a split needs to say anything

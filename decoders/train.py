@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from decoders import parallel
-from decoders.errors import CorpusError, OptionError
-from decoders.loss import sparse_cross_entropy
-from decoders.manifest import BOOKMARK
-from decoders.tokenizer import first_line
-from decoders.tokens import Ids
+from memdec.decoders import parallel
+from memdec.decoders.errors import CorpusError, OptionError
+from memdec.decoders.loss import sparse_cross_entropy
+from memdec.decoders.manifest import BOOKMARK
+from memdec.decoders.tokenizer import first_line
+from memdec.decoders.tokens import Ids
 
 # windows' start positions [B], their labels [B, T] -> sparse targets: ids and probs, each [B * T, K]
 Targets = Callable[[NDArray[np.int64], Tensor], tuple[Tensor, Tensor]]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from decoders.errors import PackageError
-from decoders.models import load_model
-from decoders.package import DOMAIN, DOMAIN_RULE, NAME, Package, check_weights, read_record
-from decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
+from memdec.decoders.errors import PackageError
+from memdec.decoders.models import load_model
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, NAME, Package, check_weights, read_record
+from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 
 
 def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:

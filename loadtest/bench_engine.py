@@ -1,6 +1,6 @@
 """One engine of `make bench`, in a process of its own: reads batches as JSON lines, answers each with what it took.
 
-The first line says what to be: {"kind": "vllm", ...} as server.engine.offline.OfflineEngine's arguments, or {"kind": "reference",
+The first line says what to be: {"kind": "vllm", ...} as memdec.server.launch.offline.OfflineEngine's arguments, or {"kind": "reference",
 "base", "decoder"}: two Hugging Face models in turn, as the reference implementation does it.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 def vllm(**arguments: Any) -> Ask:
     """vLLM, plain or with decoders."""
-    from server.engine.offline import OfflineEngine
+    from memdec.server.launch.offline import OfflineEngine
 
     engine = OfflineEngine(**arguments)
 
@@ -57,7 +57,7 @@ def reference(base: str, decoder: str) -> Ask:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from server.model.mixing import mix
+    from memdec.server.model.mixing import mix
 
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval() for path in (base, decoder)]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 
-from server.model.mixing import mix
+from memdec.server.model.mixing import mix
 
 QWEN = {  # Qwen2.5's published shapes
     "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864},

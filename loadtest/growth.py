@@ -21,10 +21,10 @@ import httpx
 import numpy as np
 from run import ROOT, commit, cpu, server
 
-from decoders.datastore import CHUNK, build_index, with_exact_distances, write_index
-from decoders.passages import Passages
-from decoders.retrieval import INDEX, NAME, VALUES, RetrievalPackage, describe
-from decoders.tokenizer import load_tokenizer
+from memdec.decoders.datastore import CHUNK, build_index, with_exact_distances, write_index
+from memdec.decoders.passages import Passages
+from memdec.decoders.retrieval import INDEX, NAME, VALUES, RetrievalPackage, describe
+from memdec.decoders.tokenizer import load_tokenizer
 
 METHODS: dict[str, dict[str, Any]] = {
     "base": {},

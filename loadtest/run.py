@@ -76,7 +76,7 @@ def server(command: list[str], out: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     log = (out / "server.log").open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "serve", *command, "--port", str(port), "--disable-uvicorn-access-log"],
+        [sys.executable, "-m", "memdec", "serve", *command, "--port", str(port), "--disable-uvicorn-access-log"],
         cwd=ROOT,
         stdout=log,
         stderr=log,

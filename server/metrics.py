@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from server.routing.domains import NONE
+from memdec.server.routing.domains import NONE
 
 Label = tuple[str, str]  # mode and domain
 

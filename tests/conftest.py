@@ -20,8 +20,8 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 from toys import make_toys
 
-from decoders.corpus import Corpus
-from decoders.retrieval_build import RetrievalBuild, RetrievalOptions
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.retrieval_build import RetrievalBuild, RetrievalOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ def free_port() -> int:
 def start_server(log: Path, *arguments: str, wait: float = 240, stderr: Path | None = None, port: int | None = None) -> Server:
     """Start `memdec serve` with these arguments and wait until it says that it is ready. `stderr`: a file of its own for that."""
     port = port or free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "memdec", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as stream, (stderr or Path(os.devnull)).open("wb") as errors:
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=errors if stderr else subprocess.STDOUT)
     server = Server(f"http://127.0.0.1:{port}", process, log)

@@ -20,8 +20,8 @@ def main(job_path: str, result_path: str) -> None:
     """Run a job."""
     from vllm import LLM, SamplingParams
 
-    from server.engine.choice import SLOT, MemoryChoice
-    from server.engine.client import cache_salt
+    from memdec.server.choice import SLOT, MemoryChoice
+    from memdec.server.engine.client import cache_salt
 
     job = json.loads(Path(job_path).read_text())
     llm = LLM(**job["engine"])

@@ -45,7 +45,7 @@ def run(
     if kind is not None:
         composite = overrides(toys, kind, datastores or {})
         composite["memory_decoder"] |= spec or {}
-        engine |= {"hf_overrides": composite, "worker_cls": "server.engine.worker.CPUMemoryWorker"}
+        engine |= {"hf_overrides": composite, "worker_cls": "memdec.server.worker.v1.CPUMemoryWorker"}
     requests = [
         {"prompt": p, "domain": d if kind else None, "lambda": lam, "mode": (*mode, "decoder")[0], "sampling": sampling}
         for p, d, lam, *mode in mix

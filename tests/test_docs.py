@@ -10,8 +10,8 @@ import httpx
 import pytest
 from conftest import ROOT, start_server, stop_server
 
-from decoders.build import STAGES, BuildOptions
-from server.cli import _parser, main
+from memdec.cli import _parser, main
+from memdec.decoders.build import STAGES, BuildOptions
 
 GUIDE = (ROOT / "docs" / "train.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]

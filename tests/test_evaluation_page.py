@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from decoders.study.plan import Plan
-from decoders.study.report import markdown
-from decoders.study.scores import METHODS
+from memdec.decoders.study.plan import Plan
+from memdec.decoders.study.report import markdown
+from memdec.decoders.study.scores import METHODS
 
 RESULTS = json.loads((ROOT / "docs" / "evaluation" / "results.json").read_text())
 

@@ -94,7 +94,7 @@ def test_the_printed_tree_exists() -> None:
 
 def test_the_build_commands_parse() -> None:
     """Flags and arguments of the training section."""
-    from server.cli import _parser
+    from memdec.cli import _parser
 
     for line in block("sh", "memdec build").splitlines():
         words = shlex.split(line, comments=True)

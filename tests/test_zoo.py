@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from server.startup import check_models
 
 from decoders.corpus import Corpus
 from decoders.evaluate import label_logprobs, mix, perplexity
 from decoders.models import load_model
 from decoders.package import Package, safetensors_header
 from decoders.tokenizer import load_tokenizer
-from server.startup import check_models
 
 ZOO = ROOT / "decoders" / "zoo"
 DOMAINS = ("biomed", "finance", "law", "python")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from decoders.datastore import Datastore
-from decoders.models import load_model
-from decoders.study.scores import Models
-from decoders.study.steps import Step, mixed, plain, retrieved
+from memdec.decoders.datastore import Datastore
+from memdec.decoders.models import load_model
+from memdec.decoders.study.scores import Models
+from memdec.decoders.study.steps import Step, mixed, plain, retrieved
 
 TOKENS, TEMPERATURE, SEED = 40, 0.8, 0
 

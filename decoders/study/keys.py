@@ -1,6 +1,6 @@
 """Which hidden state is the better key? The input of the last block's MLP (the paper's code) against the final normed state (ours).
 
-    python -m decoders.study.keys WORK      # a build's work folder: tokens and teacher
+    python -m memdec.decoders.study.keys WORK      # a build's work folder: tokens and teacher
 
 Prints a line a choice and one JSON line. Exhaustive search; k, tau and lambda tuned on the validation windows, measured on the test windows.
 """
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from decoders.datastore import Datastore, with_exact_distances
-from decoders.evaluate import SCORED, label_logprobs, perplexity
-from decoders.knn_lm import label_probability, tune
-from decoders.models import load_model
-from decoders.study.scores import NEIGHBOURS, Heldout
-from decoders.tokens import Ids, load_tokens
+from memdec.decoders.datastore import Datastore, with_exact_distances
+from memdec.decoders.evaluate import SCORED, label_logprobs, perplexity
+from memdec.decoders.knn_lm import label_probability, tune
+from memdec.decoders.models import load_model
+from memdec.decoders.study.scores import NEIGHBOURS, Heldout
+from memdec.decoders.tokens import Ids, load_tokens
 
 ENTRIES, WINDOWS, SPAN, OVERLAP = 100_000, 32, 512, 128
 Collect = Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]

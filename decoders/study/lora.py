@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from decoders import parallel
-from decoders.manifest import Manifest, stage
-from decoders.models import load_model, save_model
-from decoders.tokenizer import load_tokenizer
-from decoders.tokens import load_tokens
-from decoders.train import Schedule, train
+from memdec.decoders import parallel
+from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.models import load_model, save_model
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.tokens import load_tokens
+from memdec.decoders.train import Schedule, train
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALE = 2  # alpha / rank

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from decoders.build import BuildOptions
-from decoders.corpus import STDLIB, Corpus
-from decoders.errors import CorpusError, OptionError
-from decoders.package import DOMAIN, DOMAIN_RULE
+from memdec.decoders.build import BuildOptions
+from memdec.decoders.corpus import STDLIB, Corpus
+from memdec.decoders.errors import CorpusError, OptionError
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE
 
 OPTIONAL = ("rag", "knn", "dapt", "lora")  # methods that a study can do without
 

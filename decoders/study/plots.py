@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from decoders.study.scores import METHODS
+from memdec.decoders.study.scores import METHODS
 
 COLOURS = {
     "base": "#9a9a9a", "rag": "#c9a227", "knn": "#7aa6c2", "knn_teacher": "#2f6690",

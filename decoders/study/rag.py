@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from decoders.evaluate import SCORED, WINDOW, Floats, perplexity
-from decoders.passages import Passages, RagOptions
-from decoders.tokens import Ids
-from decoders.train import fast_precision, progress
+from memdec.decoders.evaluate import SCORED, WINDOW, Floats, perplexity
+from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.tokens import Ids
+from memdec.decoders.train import fast_precision, progress
 
 BATCH = 16
 # One knob after the other, in this order, each at the best value of those before it.

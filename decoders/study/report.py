@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from decoders.evaluate import Floats, perplexity
-from decoders.manifest import write_whole
-from decoders.study.plan import Plan
-from decoders.study.plots import write_plots
-from decoders.study.scores import METHODS, weight_bytes
-from decoders.tokenizer import load_tokenizer
+from memdec.decoders.evaluate import Floats, perplexity
+from memdec.decoders.manifest import write_whole
+from memdec.decoders.study.plan import Plan
+from memdec.decoders.study.plots import write_plots
+from memdec.decoders.study.scores import METHODS, weight_bytes
+from memdec.decoders.tokenizer import load_tokenizer
 
 RESAMPLED = 1000
 FREQUENT = 100  # function words: the most frequent tokens of the training text

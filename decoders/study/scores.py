@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from decoders.datastore import Datastore
-from decoders.evaluate import Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
-from decoders.knn_lm import tune
-from decoders.manifest import Manifest, stage
-from decoders.models import load_model
-from decoders.package import fingerprint_model, safetensors_header
-from decoders.passages import Passages
-from decoders.study.plan import Budget
-from decoders.study.rag import rag_logprobs, tune_retrieval
-from decoders.tokenizer import load_tokenizer
-from decoders.tokens import Ids, load_ends, load_tokens
+from memdec.decoders.datastore import Datastore
+from memdec.decoders.evaluate import Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
+from memdec.decoders.knn_lm import tune
+from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.models import load_model
+from memdec.decoders.package import fingerprint_model, safetensors_header
+from memdec.decoders.passages import Passages
+from memdec.decoders.study.plan import Budget
+from memdec.decoders.study.rag import rag_logprobs, tune_retrieval
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.tokens import Ids, load_ends, load_tokens
 
 METHODS = {
     "base": "base",

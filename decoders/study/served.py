@@ -6,10 +6,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from decoders.errors import DecoderError
-from decoders.evaluate import SCORED, WINDOW
-from decoders.study.scores import Heldout
-from decoders.train import progress
+from memdec.decoders.errors import DecoderError
+from memdec.decoders.evaluate import SCORED, WINDOW
+from memdec.decoders.study.scores import Heldout
+from memdec.decoders.train import progress
 
 
 class ServerError(DecoderError):

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from decoders.datastore import Datastore
-from decoders.knn_lm import weights
-from decoders.passages import Passages, RagOptions
+from memdec.decoders.datastore import Datastore
+from memdec.decoders.knn_lm import weights
+from memdec.decoders.passages import Passages, RagOptions
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 

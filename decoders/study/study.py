@@ -9,28 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from decoders import parallel
-from decoders.build import Build
-from decoders.corpus import Corpus
-from decoders.datastore import Datastore, write_datastore
-from decoders.evaluate import perplexity
-from decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
-from decoders.models import load_model
-from decoders.near_duplicates import Cleaned
-from decoders.package import fingerprint_model
-from decoders.passages import Passages, RagOptions
-from decoders.study import latency
-from decoders.study.continuations import continuations
-from decoders.study.lora import write_lora
-from decoders.study.plan import Domain, Plan
-from decoders.study.report import write_report
-from decoders.study.scores import Heldout, Models, write_scores
-from decoders.study.served import served_logprobs
-from decoders.study.steps import Step, mixed, plain, rag, retrieved
-from decoders.teacher import write_tuned
-from decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
-from decoders.tokens import load_tokens, write_tokens
-from decoders.train import Schedule
+from memdec.decoders import parallel
+from memdec.decoders.build import Build
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.datastore import Datastore, write_datastore
+from memdec.decoders.evaluate import perplexity
+from memdec.decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
+from memdec.decoders.models import load_model
+from memdec.decoders.near_duplicates import Cleaned
+from memdec.decoders.package import fingerprint_model
+from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.study import latency
+from memdec.decoders.study.continuations import continuations
+from memdec.decoders.study.lora import write_lora
+from memdec.decoders.study.plan import Domain, Plan
+from memdec.decoders.study.report import write_report
+from memdec.decoders.study.scores import Heldout, Models, write_scores
+from memdec.decoders.study.served import served_logprobs
+from memdec.decoders.study.steps import Step, mixed, plain, rag, retrieved
+from memdec.decoders.teacher import write_tuned
+from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
+from memdec.decoders.tokens import load_tokens, write_tokens
+from memdec.decoders.train import Schedule
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The FastAPI app: which routes, which errors, which middleware, in one place."""
 
-import time
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -11,31 +10,26 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.api import catalogue, completions, domain_updates, greeting
-from server.api.body import require_sound
-from server.api.limits import Limits
-from server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes, KeyConcurrency, RequestLog, RetryLater
-from server.engine import openai_layer as vllm_api
-from server.errors import MemdecError
-from server.logs import MEMDEC
-from server.routing.domains import Domains
+from memdec.server.api import catalogue, completions, domain_updates
+from memdec.server.api.body import require_sound
+from memdec.server.api.limits import Limits
+from memdec.server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes, KeyConcurrency, RequestLog, RetryLater
+from memdec.server.engine import openai_layer as vllm_api
+from memdec.server.errors import MemdecError
+from memdec.server.routing.domains import Domains
 
 
-async def build_app(engine: Any, args: Namespace, domains: Domains, started: float, updates: Any = None) -> FastAPI:
-    """Build the app around a running engine. `started` is the monotonic time at which the process began to.
+async def build_app(engine: Any, args: Namespace, domains: Domains, say_ready: Callable[[], None], updates: Any = None) -> FastAPI:
+    """Build the app around a running engine. `say_ready` is called once, when requests are taken.
 
-    `updates` is the server.engine.domain_updates.DomainUpdates of a server whose domains may change.
+    `updates` is the memdec.server.engine.domain_updates.DomainUpdates of a server whose domains may change.
     """
     limits: Limits = args.limits
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with vllm_api.lifespan(app):
-            ready = greeting.ready(args, domains, engine.model_config.max_model_len, time.monotonic() - started)
-            if limits.log_json:
-                MEMDEC.info(ready.strip())
-            else:
-                print(ready, flush=True)
+            say_ready()
             yield
 
     app = FastAPI(title="memdec", description="Completions with domain memories", lifespan=lifespan)

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import Request
 from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
 
-from server.engine.openai_layer import ChatCompletionRequest, CompletionRequest
-from server.errors import RequestError
-from server.routing.domains import MODES
+from memdec.server.engine.openai_layer import ChatCompletionRequest, CompletionRequest
+from memdec.server.errors import RequestError
+from memdec.server.routing.domains import MODES
 
 COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 LARGEST_COUNT = 10_000

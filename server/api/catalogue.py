@@ -5,9 +5,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.api.keys import Key
-from server.errors import UnknownModel
-from server.routing.domains import Domains
+from memdec.server.api.keys import Key
+from memdec.server.errors import UnknownModel
+from memdec.server.routing.domains import Domains
 
 router = APIRouter()
 CREATED = int(time.time())

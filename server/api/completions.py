@@ -8,21 +8,21 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server.api.body import ChatCompletion, Completion, require_sound
-from server.api.catalogue import offered, require_model
-from server.api.limits import Limits
-from server.engine.choice import RESERVED, MemoryChoice
-from server.engine.openai_layer import (
+from memdec.server.api.body import ChatCompletion, Completion, require_sound
+from memdec.server.api.catalogue import offered, require_model
+from memdec.server.api.limits import Limits
+from memdec.server.choice import RESERVED, MemoryChoice
+from memdec.server.engine.openai_layer import (
     GenerationError,
     create_chat_completion,
     create_completion,
     validate_json_request,
     with_cancellation,
 )
-from server.errors import RequestError
-from server.retrieval.rag import Added, added
-from server.routing.domains import NONE, RAG
-from server.routing.selection import Selection, select
+from memdec.server.errors import RequestError
+from memdec.server.retrieval.rag import Added, added
+from memdec.server.routing.domains import NONE, RAG
+from memdec.server.routing.selection import Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require_sound)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)

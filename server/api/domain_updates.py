@@ -8,8 +8,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.middleware import is_admin
-from server.errors import AdminKeyNeeded
+from memdec.server.api.middleware import is_admin
+from memdec.server.errors import AdminKeyNeeded
 
 
 async def require_admin(request: Request) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from decoders.package import DOMAIN, DOMAIN_RULE
-from server.errors import StartupError
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE
+from memdec.server.errors import StartupError
 
 FORMAT = "KEY [name=NAME] [domains=A,B] [concurrent=N]"
 

@@ -5,8 +5,8 @@ from argparse import Namespace, _ArgumentGroup
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from server.api.keys import Key, read_keys
-from server.errors import StartupError
+from memdec.server.api.keys import Key, read_keys
+from memdec.server.errors import StartupError
 
 QUEUED = 1024  # requests under way and waiting together, unless --max-num-queued-reqs says otherwise
 

@@ -10,11 +10,11 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import metrics
-from server.api.keys import Key, find
-from server.errors import BodyTooLarge, BodyTooSlow, Forbidden, MemdecError, RequestError, TooManyRequests, Unauthorized
-from server.logs import REQUESTS
-from server.routing.domains import NONE
+from memdec.server import metrics
+from memdec.server.api.keys import Key, find
+from memdec.server.errors import BodyTooLarge, BodyTooSlow, Forbidden, MemdecError, RequestError, TooManyRequests, Unauthorized
+from memdec.server.logs import REQUESTS
+from memdec.server.routing.domains import NONE
 
 OPEN = ("/health",)  # paths that need no key: probes have none
 TELLS_ALL = ("/metrics", "/load")  # paths that are not for keys of some domains
@@ -25,7 +25,7 @@ COUNTED = ("/v1/completions", "/v1/chat/completions")
 
 
 def is_admin(scope: Scope) -> bool:
-    """Whether server.api.domain_updates has found the admin key in a request that needs it."""
+    """Whether memdec.server.api.domain_updates has found the admin key in a request that needs it."""
     return bool(scope.get("state", {}).get("admin"))
 
 

@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import HeadersTooLarge, HeadersTooSlow, MemdecError
+from memdec.server.errors import HeadersTooLarge, HeadersTooSlow, MemdecError
 
 HEAD_BYTES = 64 << 10
 HEAD_SECONDS = 30

@@ -1,1 +1,1 @@
-"""The one place, with server.model, that knows vLLM's import paths."""
+"""The one place, with memdec.server.model, that knows vLLM's import paths."""

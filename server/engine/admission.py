@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from server.errors import QueueFull
+from memdec.server.errors import QueueFull
 
 
 class Places:

@@ -12,15 +12,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from server.engine import rag, tracing
-from server.engine.admission import Admission
-from server.engine.choice import SEGMENT, SLOT, MemoryChoice
-from server.engine.shadows import Shadows
-from server.errors import ShuttingDown
-from server.metrics import NO_LABEL, Timings
-from server.model.timing import PARTS
-from server.retrieval.rag import PassageFinder
-from server.routing.domains import DECODER, KNN, NONE, RAG
+from memdec.server.choice import SEGMENT, SLOT, MemoryChoice
+from memdec.server.engine import rag, tracing
+from memdec.server.engine.admission import Admission
+from memdec.server.engine.shadows import Shadows
+from memdec.server.errors import ShuttingDown
+from memdec.server.metrics import NO_LABEL, Timings
+from memdec.server.model.timing import PARTS
+from memdec.server.retrieval.rag import PassageFinder
+from memdec.server.routing.domains import DECODER, KNN, NONE, RAG
 
 
 class TimedOutputProcessor(OutputProcessor):

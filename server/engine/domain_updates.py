@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decoders.errors import DecoderError
-from decoders.package import DOMAIN, DOMAIN_RULE, Package, fingerprint_model
-from decoders.tokenizer import load_tokenizer
-from server import metrics
-from server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
-from server.model.packing import MAX_SLOT
-from server.routing.domains import DECODER, NONE, Domain, Domains
-from server.startup import Models, domain_of, open_decoder, require_one_shape
+from memdec.decoders.errors import DecoderError
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package, fingerprint_model
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.server import metrics
+from memdec.server.checked_models import Models, domain_of, open_decoder, require_one_shape
+from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
+from memdec.server.model.packing import MAX_SLOT
+from memdec.server.routing.domains import DECODER, NONE, Domain, Domains
 
 PIECE = 16 << 20  # bytes of weights that are worked on between two steps
 POLL = 0.05  # seconds between two looks at whether a slot is free

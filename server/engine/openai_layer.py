@@ -1,4 +1,4 @@
-"""vLLM's OpenAI layer, under one roof: the only names that server.api takes from vLLM."""
+"""vLLM's OpenAI layer, under one roof: the only names that memdec.server.api takes from vLLM."""
 
 import logging
 from collections.abc import Awaitable, Callable

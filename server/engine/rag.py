@@ -13,8 +13,8 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from server.engine.choice import SEGMENT, MemoryChoice
-from server.retrieval.rag import PassageFinder, added
+from memdec.server.choice import SEGMENT, MemoryChoice
+from memdec.server.retrieval.rag import PassageFinder, added
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]  # AsyncLLM.generate
 NOT_STRIDED = {  # what would have to be carried from one pass to the next, and isn't

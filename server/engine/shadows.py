@@ -7,9 +7,9 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from server import metrics
-from server.engine.choice import MemoryChoice
-from server.routing.domains import KNN, NONE, RAG
+from memdec.server import metrics
+from memdec.server.choice import MemoryChoice
+from memdec.server.routing.domains import KNN, NONE, RAG
 
 PRIORITY = 1  # behind every client's 0: scheduled last, preempted first
 QUEUED = 32

@@ -6,9 +6,9 @@ Started on the base's own folder with
                                      "datastores": [{"name": ..., "path": ...}, ...], "slots": ...}}
 
 Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states. D is `slots`, or the
-number of decoders; slots without a decoder are empty until one is loaded into them (see server.model.slots).
+number of decoders; slots without a decoder are empty until one is loaded into them (see memdec.server.model.slots).
 
-Steps that are full CUDA graphs run all decoders as one (see server.model.stacked); with "stacked": true in the above every step does, for tests.
+Steps that are full CUDA graphs run all decoders as one (see memdec.server.model.stacked); with "stacked": true in the above every step does, for tests.
 """
 
 import copy
@@ -27,17 +27,17 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.platforms import current_platform
 
-from decoders.retrieval import RetrievalPackage
-from decoders.tokenizer import trusted
-from server.model.attention import share_attention
-from server.model.mixing import mix
-from server.model.packing import pack, unpack
-from server.model.replicated import replicated
-from server.model.routing import Group, StepRouting, positions_by_slot
-from server.model.slots import capacity
-from server.model.stacked import StackedTower
-from server.model.timing import StepTimes
-from server.retrieval.knn import KnnMemory, log_probabilities
+from memdec.decoders.retrieval import RetrievalPackage
+from memdec.decoders.tokenizer import trusted
+from memdec.server.model.attention import share_attention
+from memdec.server.model.mixing import mix
+from memdec.server.model.packing import pack, unpack
+from memdec.server.model.replicated import replicated
+from memdec.server.model.routing import Group, StepRouting, positions_by_slot
+from memdec.server.model.slots import capacity
+from memdec.server.model.stacked import StackedTower
+from memdec.server.model.timing import StepTimes
+from memdec.server.retrieval.knn import KnnMemory, log_probabilities
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM sets up its own loggers alone
 
@@ -139,13 +139,6 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside.cache_config.sliding_window = getattr(text_config, "sliding_window", None) if sliding else None
         return beside
 
-    @staticmethod
-    def get_model_state_cls() -> type:
-        """What vLLM's V2 runner asks a model for; its V1 runner is subclassed instead (server.engine.worker)."""
-        from server.engine.model_state import MemoryModelState
-
-        return MemoryModelState
-
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The base's embeddings, [tokens, H]; the towers embed for themselves."""
         embedded: Tensor = self.base.embed_input_ids(input_ids)
@@ -161,7 +154,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         attention: Mapping[int, Any] | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Packed rows [tokens, H_base + H_memory + TAIL] (see server.model.packing); [tokens, H_base] where no request has a memory.
+        """Packed rows [tokens, H_base + H_memory + TAIL] (see memdec.server.model.packing); [tokens, H_base] where no request has a memory.
 
         `routing` comes from the runner adapter; without it (vLLM's own profiling) every token has slot 1 and lambda 0. `attention`
         maps each decoder's slot to the forward context of its tokens alone, where they aren't all there are. `known` are the decoders'

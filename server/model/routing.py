@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.model.packing import tail
+from memdec.server.model.packing import tail
 
 NO_DOMAIN = 0  # the slot of requests that use the base alone; decoders have slots 1 to D, datastores D + 1 to D + S
 

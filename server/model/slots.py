@@ -17,8 +17,8 @@ from vllm.model_executor.model_loader.utils import device_loading_context
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from server.model.attention import share_attention
-from server.routing.domains import DECODER, KNN
+from memdec.server.model.attention import share_attention
+from memdec.server.routing.domains import DECODER, KNN
 
 
 def slots_of(spec: Mapping[str, Any]) -> dict[tuple[str, str], int]:

@@ -1,6 +1,6 @@
 """All decoders as one tower whose layers pick each token's weights on the device, so that a step can be one CUDA graph.
 
-Elsewhere each decoder's tokens are a batch of their own (see server.model.composite), and which decoders those are is decided in Python: a captured
+Elsewhere each decoder's tokens are a batch of their own (see memdec.server.model.composite), and which decoders those are is decided in Python: a captured
 graph can't follow. Here the weights of all slots lie in one tensor a layer, [slots, ...], and a decoder's own parameters are views of it. Tokens
 are sorted by slot once a step, on the device, and each matrix product is vLLM's kernel for mixtures of experts, with the slots as experts.
 A slot that no token has is not read, and rows without a decoder come out as zeros.
@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.triton_utils import HAS_TRITON
 
-from server.model.attention import share_attention
+from memdec.server.model.attention import share_attention
 
 FEW = 4  # tokens up to which each is a block of its own: cheaper than to sort them
 NONE = -1

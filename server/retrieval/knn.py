@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoders.knn_lm import weights
-from decoders.retrieval import RetrievalPackage
+from memdec.decoders.knn_lm import weights
+from memdec.decoders.retrieval import RetrievalPackage
 
 
 class KnnMemory:

@@ -8,8 +8,8 @@ from typing import TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from decoders.passages import Passages
-from decoders.retrieval import RetrievalPackage
+from memdec.decoders.passages import Passages
+from memdec.decoders.retrieval import RetrievalPackage
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.errors import DomainNotAllowed, UnknownDomain
+from memdec.server.errors import DomainNotAllowed, UnknownDomain
 
 DECODER, KNN, RAG, NONE = "decoder", "knn", "rag", "none"
 MODES = (DECODER, KNN, RAG, NONE)

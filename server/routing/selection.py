@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, RequestError
-from server.routing.domains import DECODER, KNN, MODES, NONE, RAG, Domain, Domains
+from memdec.server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, RequestError
+from memdec.server.routing.domains import DECODER, KNN, MODES, NONE, RAG, Domain, Domains
 
 FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
 STRIDE = "rag_stride"  # a body field

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from decoders.arrays import fill_array
+from memdec.decoders.arrays import fill_array
 
 TOO_LARGE = """
 import resource, sys
 from pathlib import Path
-from decoders.arrays import fill_array
+from memdec.decoders.arrays import fill_array
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     fill_array(Path(sys.argv[1]), "float16", (1000, 100))

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from decoders.build import Build
-from decoders.corpus import Corpus
-from decoders.errors import ManifestError
-from decoders.manifest import alone, stage
-from decoders.models import load_model, save_model
-from decoders.package import Package
-from decoders.pretrain import doubled
-from decoders.tokenizer import load_tokenizer
-from server.cli import main
+from memdec.cli import main
+from memdec.decoders.build import Build
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.errors import ManifestError
+from memdec.decoders.manifest import alone, stage
+from memdec.decoders.models import load_model, save_model
+from memdec.decoders.package import Package
+from memdec.decoders.pretrain import doubled
+from memdec.decoders.tokenizer import load_tokenizer
 
 TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]
 
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(corpus: Path, base: Path, out: Path) -> list[str]:
     """`memdec build`, with the work folder beside `out`."""
-    return ["-m", "server.cli", "build", "tiny", "--corpus", str(corpus), "--base", str(base), "--out", str(out), *TINY]
+    return ["-m", "memdec", "build", "tiny", "--corpus", str(corpus), "--base", str(base), "--out", str(out), *TINY]
 
 
 def artifacts(work: Path) -> dict[str, str]:

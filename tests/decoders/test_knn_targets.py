@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from decoders.datastore import PIECE, Datastore, build_index, spread, with_exact_distances
-from decoders.knn_lm import add_up, label_probability, token_masses, tune
-from decoders.knn_targets import KEPT, beside_teacher, search_own, sparse_rows
+from memdec.decoders.datastore import PIECE, Datastore, build_index, spread, with_exact_distances
+from memdec.decoders.knn_lm import add_up, label_probability, token_masses, tune
+from memdec.decoders.knn_targets import KEPT, beside_teacher, search_own, sparse_rows
 
 VOCABULARY = 40
 

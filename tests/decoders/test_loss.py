@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from decoders.loss import CHUNK, soft_targets, sparse_cross_entropy
+from memdec.decoders.loss import CHUNK, soft_targets, sparse_cross_entropy
 
 
 def sparse_rows(rows: int, kept: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from decoders.errors import ManifestError
-from decoders.manifest import Bookmark, is_fresh, read_manifest, stage
+from memdec.decoders.errors import ManifestError
+from memdec.decoders.manifest import Bookmark, is_fresh, read_manifest, stage
 
 
 def make(out: Path, inputs: dict[str, object], text: str) -> bool:

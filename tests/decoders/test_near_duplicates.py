@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from decoders.corpus import Corpus
-from decoders.near_duplicates import Cleaned, grams_of, share_of, write_near_duplicates
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.near_duplicates import Cleaned, grams_of, share_of, write_near_duplicates
 
 WORDS = [f"word{i}" for i in range(4000)]
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from decoders.evaluate import label_logprobs, mix, perplexity, scored, windows
-from decoders.models import load_model, save_model
-from decoders.passages import Passages, RagOptions
-from decoders.pretrain import doubled
-from decoders.study.rag import rag_logprobs
-from decoders.study.report import interval, long_tail
-from decoders.study.scores import METHODS
-from decoders.tokenizer import load_tokenizer
-from decoders.tokens import load_tokens
-from server.cli import main
+from memdec.cli import main
+from memdec.decoders.evaluate import label_logprobs, mix, perplexity, scored, windows
+from memdec.decoders.models import load_model, save_model
+from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.pretrain import doubled
+from memdec.decoders.study.rag import rag_logprobs
+from memdec.decoders.study.report import interval, long_tail
+from memdec.decoders.study.scores import METHODS
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.tokens import load_tokens
 
 STUDY = """
 general = "corpus"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Server, free_port
 
-from server.engine.options import parse
+from memdec.server.launch.options import parse
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 STAGES = {m[1]: m[2] for m in re.finditer(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)}
@@ -76,7 +76,7 @@ def test_what_is_left_out_is_not_needed(tmp_path: Path) -> None:
     names = [m for m in (modules.get(d, d) for d in dropped.split("|")) if m]
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
-        "import server.api.app, server.cli, server.engine.client, server.engine.launch, server.engine.worker, server.model.composite\n"
+        "import memdec.server.api.app, memdec.cli, memdec.server.engine.client, memdec.server.launch.serve, memdec.server.worker.v1, memdec.server.model.composite\n"
         "from vllm.entrypoints.launchers.launcher import serve_http\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT, Server
 
-from server.engine.options import parse
+from memdec.server.launch.options import parse
 
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 PROMETHEUS = ROOT / "deploy" / "prometheus"

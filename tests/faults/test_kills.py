@@ -16,8 +16,8 @@ import httpx
 import pytest
 from conftest import ROOT, Server, free_port, start_server
 
-from decoders.errors import PackageError
-from decoders.package import Package
+from memdec.decoders.errors import PackageError
+from memdec.decoders.package import Package
 
 BODY = {"prompt": "def f(", "max_tokens": 450, "ignore_eos": True, "domain": "a", "stream": True}
 
@@ -134,7 +134,7 @@ def test_sigterm_while_starting(toys: Path, tmp_path: Path) -> None:
     """As the signal does, and nothing stays behind."""
     words = ["serve", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--enforce-eager", "--port", str(free_port())]
     with (tmp_path / "log.txt").open("wb") as stream:
-        process = subprocess.Popen([sys.executable, "-m", "server.cli", *words], cwd=ROOT, stdout=stream, stderr=stream)
+        process = subprocess.Popen([sys.executable, "-m", "memdec", *words], cwd=ROOT, stdout=stream, stderr=stream)
     while not any(b"VLLM" in cmdline(pid) for pid in children(process.pid)):
         assert process.poll() is None, (tmp_path / "log.txt").read_text()
         time.sleep(0.2)
@@ -166,7 +166,7 @@ stopwaitsecs=60
 def supervised(toys: Path, tmp_path: Path) -> Iterator[Server]:
     """The server under a real supervisor, with a worker process of its own."""
     port = free_port()
-    command = f"{sys.executable} -m server.cli serve {toys / 'base'} --decoder a={toys / 'qwen_a'} --max-model-len 512 --dtype float32"
+    command = f"{sys.executable} -m memdec serve {toys / 'base'} --decoder a={toys / 'qwen_a'} --max-model-len 512 --dtype float32"
     command += f" --enforce-eager --kv-cache-memory-bytes {64 << 20} --port {port}"
     (tmp_path / "supervisord.conf").write_text(SUPERVISOR.format(folder=tmp_path, root=ROOT, command=command))
     words = [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(tmp_path / "supervisord.conf")]

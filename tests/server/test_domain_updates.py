@@ -25,10 +25,10 @@ from reference import greedy, hugging_face
 from safetensors.torch import load_file, save_file
 from toys import QWEN_ROWS, qwen
 
-from decoders.package import fingerprint_model
-from server.engine.domain_updates import ADMIN_KEY, UpdateOptions
-from server.errors import StartupError
-from server.startup import check_models, packages_in
+from memdec.decoders.package import fingerprint_model
+from memdec.server.checked_models import check_models, packages_in
+from memdec.server.engine.domain_updates import ADMIN_KEY, UpdateOptions
+from memdec.server.errors import StartupError
 
 ADMIN, USER = {"Authorization": "Bearer the admin's"}, {"Authorization": "Bearer a user's"}
 VERSIONS = [f"v{i}" for i in range(1, 7)]

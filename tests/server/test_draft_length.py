@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.engine.draft_length import PROBE, DraftLengths
+from memdec.server.worker.draft_length import PROBE, DraftLengths
 
 
 def lengths(step: float, a_token: float, draft: float) -> DraftLengths:

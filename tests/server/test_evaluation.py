@@ -10,10 +10,10 @@ import pytest
 from conftest import Server
 from transformers import AutoTokenizer
 
-from decoders.evaluate import WINDOW, label_logprobs, mix, perplexity, windows
-from decoders.models import load_model
-from decoders.study.scores import Heldout
-from decoders.study.served import ServerError, served_logprobs
+from memdec.decoders.evaluate import WINDOW, label_logprobs, mix, perplexity, windows
+from memdec.decoders.models import load_model
+from memdec.decoders.study.scores import Heldout
+from memdec.decoders.study.served import ServerError, served_logprobs
 
 
 def through_the_server(http: httpx.Client, ids: list[int], model: str) -> list[float]:

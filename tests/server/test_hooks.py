@@ -44,8 +44,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
-from server.engine.expand import expand
-from server.engine.rag import NOT_STRIDED
+from memdec.server.engine.rag import NOT_STRIDED
+from memdec.server.worker.expand import expand
 
 PINNED = "0.32.0"
 

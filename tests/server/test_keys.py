@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from server.api.keys import find, read_keys
-from server.api.limits import QUEUED, Limits, bound_queue
-from server.errors import DomainNotAllowed, StartupError, UnknownDomain
-from server.routing.domains import Domain, Domains
+from memdec.server.api.keys import find, read_keys
+from memdec.server.api.limits import QUEUED, Limits, bound_queue
+from memdec.server.errors import DomainNotAllowed, StartupError, UnknownDomain
+from memdec.server.routing.domains import Domain, Domains
 
 
 @pytest.fixture

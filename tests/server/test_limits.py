@@ -17,8 +17,8 @@ from asking import BASE, COMPLETIONS, ask, chat, refused, text
 from conftest import Server, metric, start_server, stop_server
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from server.api.completions import _choices
-from server.api.limits import Limits
+from memdec.server.api.completions import _choices
+from memdec.server.api.limits import Limits
 
 OPERATOR, LAB, STRANGER = "sk-operator-7d1f", "sk-lab-93ab", "sk-stranger-55aa"
 QUEUE = 8

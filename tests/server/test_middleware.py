@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.keys import Key
-from server.api.middleware import AnswerCount, ApiKey, BodyLimit, KeyConcurrency, RetryLater
+from memdec.server.api.keys import Key
+from memdec.server.api.middleware import AnswerCount, ApiKey, BodyLimit, KeyConcurrency, RetryLater
 
 LIMIT = 1000
 KEYS = [Key.of("one", "first"), Key.of("second", "second", frozenset({"a"}))]

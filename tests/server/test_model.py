@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.model.mixing import mix
-from server.model.packing import MAX_SLOT, TAIL, pack, tail, unpack
-from server.model.routing import RowChoice, StepRouting, positions_by_slot
+from memdec.server.model.mixing import mix
+from memdec.server.model.packing import MAX_SLOT, TAIL, pack, tail, unpack
+from memdec.server.model.routing import RowChoice, StepRouting, positions_by_slot
 
 CPU = torch.device("cpu")
 

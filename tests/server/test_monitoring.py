@@ -13,7 +13,7 @@ import pytest
 from asking import BASE, ask, text
 from conftest import ROOT, Server, free_port, metric, start_server, stop_server
 
-from server.engine.shadows import baselines_of
+from memdec.server.engine.shadows import baselines_of
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "memdec.json"

@@ -13,10 +13,10 @@ from offline import Row, run
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from decoders.passages import Passages
-from decoders.retrieval import NAME, RetrievalPackage
-from server.errors import StartupError
-from server.startup import Models, check_models, with_datastores
+from memdec.decoders.passages import Passages
+from memdec.decoders.retrieval import NAME, RetrievalPackage
+from memdec.server.checked_models import Models, check_models, with_datastores
+from memdec.server.errors import StartupError
 
 CODE = "def scale(self, x):\n    return x + 1\n"
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from server.errors import BadLambda, BadMode, ConflictingChoice, MemdecError, NoDatastore, RequestError, UnknownDomain
-from server.routing.domains import Domain, Domains
-from server.routing.selection import Selection, select
+from memdec.server.errors import BadLambda, BadMode, ConflictingChoice, MemdecError, NoDatastore, RequestError, UnknownDomain
+from memdec.server.routing.domains import Domain, Domains
+from memdec.server.routing.selection import Selection, select
 
 A, B = (Domain(name, f"/{name}", lam, True, f"r{name}", 1, "hash", {}) for name, lam in (("a", 0.6), ("b", 0.25)))
 DOMAINS = Domains("base", (A, B))

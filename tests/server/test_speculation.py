@@ -18,8 +18,8 @@ from reference import CODE, FLOAT32, MIX, hugging_face, worst
 from transformers import AutoTokenizer
 
 SPECULATION = {
-    "speculative_config": {"method": "custom_class", "model": "server.engine.drafter.FixedDrafter", "num_speculative_tokens": 3},
-    "scheduler_cls": "server.engine.drafter.DraftingScheduler",
+    "speculative_config": {"method": "custom_class", "model": "memdec.server.worker.drafter.FixedDrafter", "num_speculative_tokens": 3},
+    "scheduler_cls": "memdec.server.worker.drafter.DraftingScheduler",
 }
 # Toys are unlike each other: with much of the memory in the mixture, drafts are accepted as real ones are.
 CLOSE: list[Row] = [(CODE * 8, "a", 0.9), (CODE[3:] * 5, "b", 0.95), (CODE, None, 0.0), (CODE[9:] * 6, "a", 1.0), ("import os", "b", 0.8)]

@@ -13,9 +13,9 @@ from offline import Row, overrides, run
 from reference import FLOAT32, MIX, worst
 from vllm.compilation import cuda_graph
 
-from server.engine import worker
-from server.model.composite import MemoryDecoderForCausalLM
-from server.model.stacked import FEW, NONE, Blocks
+from memdec.server.model.composite import MemoryDecoderForCausalLM
+from memdec.server.model.stacked import FEW, NONE, Blocks
+from memdec.server.worker import v1
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -40,7 +40,7 @@ def test_blocks_hold_every_token_once_beside_its_own_kind(seed: int) -> None:
 
 KERNEL = """
 import torch
-from server.model.stacked import Blocks, block_size, by_row, multiply
+from memdec.server.model.stacked import Blocks, block_size, by_row, multiply
 from vllm.triton_utils import HAS_TRITON
 assert HAS_TRITON
 for tokens in (1, 4, 5, 40):
@@ -101,13 +101,13 @@ def test_base_and_memories_are_graphs_of_their_own(monkeypatch: pytest.MonkeyPat
         def load_model(self) -> None:
             self.model = Wrapper(composite)
 
-    class Routed(worker.RoutesSteps, Runner):
+    class Routed(v1.RoutesSteps, Runner):
         def __init__(self) -> None:
             self.vllm_config = None  # type: ignore[assignment]
 
     composite: Any = SimpleNamespace(base="base", stacked="stacked", graphs={})
     composite.wrap = lambda wrapped: MemoryDecoderForCausalLM.wrap(composite, wrapped)
-    monkeypatch.setattr(worker, "CUDAGraphWrapper", Wrapper)
+    monkeypatch.setattr(v1, "CUDAGraphWrapper", Wrapper)
     runner: Any = Routed()
     runner.load_model()
     assert runner.model is composite

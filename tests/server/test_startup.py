@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.errors import StartupError
-from server.startup import check_models, parse_named
+from memdec.server.checked_models import check_models, parse_named
+from memdec.server.errors import StartupError
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_unknown_architectures(toys: Path, decoder: Path) -> None:
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`memdec serve` that is expected to end by itself."""
-    return subprocess.run([sys.executable, "-m", "server.cli", "serve", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "memdec", "serve", *arguments], capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_line_says_one_line_and_exits_with_one(toys: Path, decoder: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from decoders.errors import DecoderError
-from decoders.models import load_model
-from decoders.tokenizer import TRUST, load_tokenizer
-from server.engine.options import require_safe_loading
-from server.errors import StartupError
-from server.startup import check_models
+from memdec.decoders.errors import DecoderError
+from memdec.decoders.models import load_model
+from memdec.decoders.tokenizer import TRUST, load_tokenizer
+from memdec.server.checked_models import check_models
+from memdec.server.errors import StartupError
+from memdec.server.launch.options import require_safe_loading
 
 
 class Bomb:

@@ -52,7 +52,7 @@ def stock(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stoc
     ask = [
         sys.executable,
         "-m",
-        "server.cli",
+        "memdec",
         "serve",
         str(toys / "base"),
         "--decoder",

@@ -14,10 +14,10 @@ if not torch.cuda.is_available():
 
 from vllm import LLM, SamplingParams
 
-from server.engine.choice import MemoryChoice
-from server.engine.draft_length import drafting
-from server.engine.options import worker_class
-from server.routing.domains import DECODER
+from memdec.server.choice import MemoryChoice
+from memdec.server.launch.options import worker_class
+from memdec.server.routing.domains import DECODER
+from memdec.server.worker.draft_length import drafting
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class OfflineEngine:
     def __init__(
         self, base: str, architecture: str, decoders: dict[str, str], drafter: str | None = None, drafted: int = 0, **options: Any
     ) -> None:
-        """`decoders` maps domains to folders; with none, this is vLLM without us. `drafter` names a class of server.engine.drafter."""
+        """`decoders` maps domains to folders; with none, this is vLLM without us. `drafter` names a class of memdec.server.worker.drafter."""
         self.composite = bool(decoders)
         if decoders:
             spec = {

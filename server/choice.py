@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from server.routing.domains import DECODER, KNN, NONE, RAG
+from memdec.server.routing.domains import DECODER, KNN, NONE, RAG
 
 MODE, DOMAIN, LAMBDA, STRIDE, OPEN = "memory", "domain", "lambda", "rag_stride", "rag_open"
 SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a later one; set by the engine

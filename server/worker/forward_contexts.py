@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, create_forward_context, get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from server.model.routing import Group
+from memdec.server.model.routing import Group
 
 
 class MemoryAttention:

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from decoders.package import read_json
-from decoders.tokenizer import TRUST, first_line
-from server import logs
-from server.api.limits import Limits, bound_queue
-from server.engine.domain_updates import ADMIN_KEY
-from server.engine.draft_length import drafting
-from server.errors import StartupError
-from server.startup import Models
+from memdec.decoders.package import read_json
+from memdec.decoders.tokenizer import TRUST, first_line
+from memdec.server import logs
+from memdec.server.api.limits import Limits, bound_queue
+from memdec.server.checked_models import Models
+from memdec.server.engine.domain_updates import ADMIN_KEY
+from memdec.server.errors import StartupError
+from memdec.server.worker.draft_length import drafting
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 REFUSED = {"--speculative-config": "speculative_config", "--enable-lora": "enable_lora"}
@@ -37,7 +37,7 @@ Parser = TypeVar("Parser", bound=ArgumentParser)
 
 def set_environment(argv: list[str]) -> None:
     """Defaults that vLLM reads from the environment when it is imported; what the user has set stays."""
-    os.environ["MEMDEC_SERVING"] = "1"  # tells server.model.plugin, in child processes, whose children they are
+    os.environ["MEMDEC_SERVING"] = "1"  # tells memdec.server.worker.plugin, in child processes, whose children they are
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -189,7 +189,7 @@ def require_compiler() -> None:
 
 def worker_class() -> str:
     """`worker_cls` for engines with a composite."""
-    return f"server.engine.worker.{'GPU' if torch.cuda.is_available() else 'CPU'}MemoryWorker"
+    return f"memdec.server.worker.v1.{'GPU' if torch.cuda.is_available() else 'CPU'}MemoryWorker"
 
 
 def _speculate(args: Namespace, models: Models) -> None:

@@ -21,13 +21,13 @@ from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from server.engine import expand
-from server.engine.attention import RunnerAttention
-from server.engine.choice import MemoryChoice
-from server.engine.slots import HoldsSlots, chosen
-from server.model.attention import attention_names
-from server.model.routing import NONE_KNOWN, RowChoice, StepRouting
-from server.model.slots import slots_of
+from memdec.server.choice import MemoryChoice
+from memdec.server.model.attention import attention_names
+from memdec.server.model.routing import NONE_KNOWN, RowChoice, StepRouting
+from memdec.server.model.slots import slots_of
+from memdec.server.worker import expand
+from memdec.server.worker.forward_contexts import RunnerAttention
+from memdec.server.worker.slots import HoldsSlots, chosen
 
 
 class RoutesSteps:

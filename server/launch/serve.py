@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from decoders.retrieval import RetrievalPackage
-from decoders.tokenizer import load_tokenizer
-from server import logs
-from server.engine.domain_updates import DomainUpdates, UpdateOptions
-from server.engine.options import configure, parse, require_safe_loading, set_environment, vllm_command
-from server.errors import StartupError
-from server.retrieval.rag import PassageFinder
-from server.startup import Models, check_models, packages_in, with_datastores
+from memdec.decoders.retrieval import RetrievalPackage
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.server import logs
+from memdec.server.checked_models import Models, check_models, packages_in, with_datastores
+from memdec.server.engine.domain_updates import DomainUpdates, UpdateOptions
+from memdec.server.errors import StartupError
+from memdec.server.launch import greeting
+from memdec.server.launch.options import configure, parse, require_safe_loading, set_environment, vllm_command
+from memdec.server.retrieval.rag import PassageFinder
 
 
 def serve(argv: list[str]) -> int:
@@ -46,9 +47,9 @@ async def _serve(args: Namespace, models: Models, options: UpdateOptions | None)
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     from vllm.usage.usage_lib import UsageContext
 
-    from server.api.app import build_app
-    from server.api.protocol import BoundedHttp
-    from server.engine.client import MemoryEngine
+    from memdec.server.api.app import build_app
+    from memdec.server.api.protocol import BoundedHttp
+    from memdec.server.engine.client import MemoryEngine
 
     started = time.monotonic()
     context = UsageContext.OPENAI_API_SERVER
@@ -66,7 +67,12 @@ async def _serve(args: Namespace, models: Models, options: UpdateOptions | None)
     try:
         await _equip(engine, args, models)
         updates = DomainUpdates(engine, models, options) if options is not None else None
-        app = await build_app(engine, args, models.domains, started, updates)
+
+        def say_ready() -> None:
+            text = greeting.ready(args, models.domains, engine.model_config.max_model_len, time.monotonic() - started)
+            greeting.say(text, args.limits.log_json)
+
+        app = await build_app(engine, args, models.domains, say_ready, updates)
         stopped = await serve_http(
             app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
             http=BoundedHttp, ws="none", **logs.uvicorn_options(args.limits.log_json, not args.disable_uvicorn_access_log), timeout_keep_alive=5,
@@ -87,8 +93,8 @@ async def _equip(engine: Any, args: Namespace, models: Models) -> None:
     """Passages for mode `rag`, the replays of decoder requests, and what the metrics say of this build."""
     import vllm
 
-    from server import metrics
-    from server.engine.shadows import Shadows, baselines_of
+    from memdec.server import metrics
+    from memdec.server.engine.shadows import Shadows, baselines_of
 
     metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
     for domain in models.domains:

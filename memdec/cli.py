@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from decoders.errors import DecoderError, OptionError
-from server.errors import MemdecError
+from memdec.decoders.errors import DecoderError, OptionError
+from memdec.server.errors import MemdecError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["serve"]:
-            from server.engine.launch import run_until_done
+            from memdec.server.launch.serve import run_until_done
 
             return run_until_done(words[1:])
         return _run(words)
@@ -33,7 +33,7 @@ def _run(words: list[str]) -> int:
         return main(["serve"])
     from transformers.utils import logging
 
-    from decoders import parallel
+    from memdec.decoders import parallel
 
     logging.disable_progress_bar()  # its bars for a second's loading hide our own
     logging.set_verbosity_error()  # what it warns of is an error of ours
@@ -46,11 +46,11 @@ def _run(words: list[str]) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from decoders import parallel
-    from decoders.build import Build, BuildOptions
-    from decoders.corpus import Corpus
-    from decoders.manifest import Bookmark
-    from decoders.train import Checkpoint
+    from memdec.decoders import parallel
+    from memdec.decoders.build import Build, BuildOptions
+    from memdec.decoders.corpus import Corpus
+    from memdec.decoders.manifest import Bookmark
+    from memdec.decoders.train import Checkpoint
 
     if not args.checkpoint_every >= 0:
         raise OptionError(f"--checkpoint-every {args.checkpoint_every}: wanted seconds, 0 or above")
@@ -74,9 +74,9 @@ def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def _retrieval(args: argparse.Namespace) -> int:
-    from decoders import parallel
-    from decoders.corpus import Corpus
-    from decoders.retrieval_build import RetrievalBuild, RetrievalOptions
+    from memdec.decoders import parallel
+    from memdec.decoders.corpus import Corpus
+    from memdec.decoders.retrieval_build import RetrievalBuild, RetrievalOptions
 
     out, work = _folders(args)
     options = RetrievalOptions(**{f.name: getattr(args, f.name) for f in fields(RetrievalOptions)})
@@ -87,9 +87,9 @@ def _retrieval(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from decoders.corpus import Corpus
-    from decoders.pretrain import BASE, grow, pretrain
-    from decoders.train import Schedule
+    from memdec.decoders.corpus import Corpus
+    from memdec.decoders.pretrain import BASE, grow, pretrain
+    from memdec.decoders.train import Schedule
 
     corpus = Corpus.open(args.corpus)
     if args.grow:
@@ -101,7 +101,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from decoders.verify import verify
+    from memdec.decoders.verify import verify
 
     for check, found in verify(args.path, args.base):
         print(f"{check:<12} {found}")
@@ -110,14 +110,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from decoders.study.study import run_from_file
+    from memdec.decoders.study.study import run_from_file
 
     run_from_file(args.study, args.out, args.server)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    from decoders.build import STAGES
+    from memdec.decoders.build import STAGES
 
     parser = argparse.ArgumentParser(prog="memdec", description="Domain memories for any LLM on vLLM.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -155,14 +155,14 @@ def _add_options(parser: argparse.ArgumentParser, options: Any) -> None:
 
 
 def _add_retrieval(parser: argparse.ArgumentParser) -> None:
-    from decoders.retrieval_build import RetrievalOptions
+    from memdec.decoders.retrieval_build import RetrievalOptions
 
     _add_source(parser)
     _add_options(parser, RetrievalOptions)
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    from decoders.build import BuildOptions
+    from memdec.decoders.build import BuildOptions
 
     _add_source(parser)
     parser.add_argument("--teacher", type=Path, help="model that is tuned to embed the datastore (default: the base)")

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server.engine.choice import MemoryChoice
-from server.model.routing import NO_DOMAIN
-from server.model.slots import StagedTower
+from memdec.server.choice import MemoryChoice
+from memdec.server.model.routing import NO_DOMAIN
+from memdec.server.model.slots import StagedTower
 
 
 def chosen(choice: MemoryChoice | None, slots: Mapping[tuple[str, str], int]) -> tuple[int, float]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from decoders.errors import DecoderError
-from decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, read_json, safetensors_header
-from decoders.package import NAME as RECORD
-from decoders.retrieval import RetrievalPackage
-from decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash, trusted
-from server.errors import StartupError
-from server.routing.domains import Datastore, Domain, Domains
+from memdec.decoders.errors import DecoderError
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, read_json, safetensors_header
+from memdec.decoders.package import NAME as RECORD
+from memdec.decoders.retrieval import RetrievalPackage
+from memdec.decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash, trusted
+from memdec.server.errors import StartupError
+from memdec.server.routing.domains import Datastore, Domain, Domains
 
 # config.json entries that may differ between decoders of one shape
 NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -48,7 +48,10 @@ class Models:
                 "decoders": decoders,
                 "datastores": datastores,
                 "slots": max(self.slots, len(decoders)),
-                "served": {"base": self.domains.base, "domains": [asdict(d) for d in self.domains]},  # for server.engine.endpoint_plugin
+                "served": {
+                    "base": self.domains.base,
+                    "domains": [asdict(d) for d in self.domains],
+                },  # for memdec.server.launch.endpoint_plugin
             },
         }
 

@@ -14,17 +14,17 @@ import vllm
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
-from decoders.retrieval import RetrievalPackage
-from server import metrics
-from server.api import catalogue, completions
-from server.api.app import error_response
-from server.api.limits import Limits
-from server.api.middleware import AnswerCount, BodyLimit, RetryLater
-from server.engine.client import MemoryEngine
-from server.engine.openai_layer import http_exception_handler
-from server.errors import MemdecError
-from server.retrieval.rag import PassageFinder
-from server.routing.domains import Domain, Domains
+from memdec.decoders.retrieval import RetrievalPackage
+from memdec.server import metrics
+from memdec.server.api import catalogue, completions
+from memdec.server.api.app import error_response
+from memdec.server.api.limits import Limits
+from memdec.server.api.middleware import AnswerCount, BodyLimit, RetryLater
+from memdec.server.engine.client import MemoryEngine
+from memdec.server.engine.openai_layer import http_exception_handler
+from memdec.server.errors import MemdecError
+from memdec.server.retrieval.rag import PassageFinder
+from memdec.server.routing.domains import Domain, Domains
 
 
 class MemoryRoutes:

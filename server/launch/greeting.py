@@ -2,7 +2,8 @@
 
 from argparse import Namespace
 
-from server.routing.domains import Domains
+from memdec.server.logs import MEMDEC
+from memdec.server.routing.domains import Domains
 
 
 def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> str:
@@ -27,3 +28,11 @@ def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> st
         f"  try:     curl {url}/v1/completions -H 'Content-Type: application/json'{header} "
         f"""-d '{{"model": "{domains.base}", "prompt": "The results show that", "max_tokens": 40, "temperature": 0}}'\n"""
     )
+
+
+def say(text: str, log_json: bool) -> None:
+    """Print the greeting, or write it into the JSON log."""
+    if log_json:
+        MEMDEC.info(text.strip())
+    else:
+        print(text, flush=True)

@@ -19,8 +19,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from server.engine.draft_length import DraftLengths
-from server.model.routing import NONE_KNOWN
+from memdec.server.model.routing import NONE_KNOWN
+from memdec.server.worker.draft_length import DraftLengths
 
 
 class DraftingScheduler(Scheduler):

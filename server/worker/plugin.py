@@ -15,7 +15,7 @@ PR_SET_PDEATHSIG = 1
 
 def register() -> None:
     """Register the composite by name (vLLM imports it only in the worker), and tie a server's child processes to its life."""
-    ModelRegistry.register_model(ARCHITECTURE, "server.model.composite:MemoryDecoderForCausalLM")
+    ModelRegistry.register_model(ARCHITECTURE, "memdec.server.worker.registered:MemoryDecoderForCausalLM")
     if os.environ.get(SERVING) and multiprocessing.parent_process() is not None:
         end_with_parent()
 

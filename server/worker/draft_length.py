@@ -13,10 +13,14 @@ PROBE = 16  # steps after which a request that drafts nothing tries one token, t
 
 
 def drafting(most: int, drafter: str = "MemoryDrafter") -> dict[str, Any]:
-    """vLLM's options for drafting up to `most` tokens; `drafter` names a class of server.engine.drafter."""
+    """vLLM's options for drafting up to `most` tokens; `drafter` names a class of memdec.server.worker.drafter."""
     return {
-        "speculative_config": {"method": "custom_class", "model": f"server.engine.drafter.{drafter}", "num_speculative_tokens": most},
-        "scheduler_cls": "server.engine.drafter.DraftingScheduler",
+        "speculative_config": {
+            "method": "custom_class",
+            "model": f"memdec.server.worker.drafter.{drafter}",
+            "num_speculative_tokens": most,
+        },
+        "scheduler_cls": "memdec.server.worker.drafter.DraftingScheduler",
     }
 
 

@@ -7,12 +7,12 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from server.engine.attention import MemoryAttention
-from server.engine.choice import MemoryChoice
-from server.engine.slots import chosen
-from server.model.attention import attention_names
-from server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
-from server.model.slots import slots_of
+from memdec.server.choice import MemoryChoice
+from memdec.server.model.attention import attention_names
+from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
+from memdec.server.model.slots import slots_of
+from memdec.server.worker.forward_contexts import MemoryAttention
+from memdec.server.worker.slots import chosen
 
 
 class MemoryModelState(DefaultModelState):

@@ -1,4 +1,4 @@
-"""The README's words, carried out: `make serve`, its curl, its Python, its tables, its tree."""
+"""The README's words, carried out: `make serve`, its curl, its Python; and the tables and the tree of the pages it leads to."""
 
 import json
 import os
@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT, free_port
 
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 
 
@@ -41,8 +43,11 @@ def block(language: str, containing: str) -> str:
     return str(found)
 
 
-def test_the_first_command_comes_early() -> None:
-    """Before line 25."""
+def test_the_readme_is_short() -> None:
+    """One page: its first command before line 25, at most 120 lines, prose of at most 120 columns."""
+    assert len(README.splitlines()) <= 120
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    assert all(len(line) <= 120 for line in prose.splitlines() if not line.startswith("|"))
     assert next(i for i, line in enumerate(README.splitlines(), 1) if line.startswith("make serve")) < 25
 
 
@@ -74,7 +79,7 @@ def test_the_greetings_curl_runs(quickstart: str) -> None:
 
 def test_the_metric_table_is_what_the_server_exposes(quickstart: str) -> None:
     """No metric is missing on either side."""
-    listed = {name for row in re.findall(r"^\| (`memdec_.*?) \|", README, re.M) for name in re.findall(r"`(\w+)`", row)}
+    listed = {name for row in re.findall(r"^\| (`memdec_.*?) \|", API, re.M) for name in re.findall(r"`(\w+)`", row)}
     page = httpx.get(f"{quickstart}/metrics").text
     exposed = set()
     for name, kind in re.findall(r"^# TYPE (memdec_\w+) (\w+)", page, re.M):
@@ -85,7 +90,8 @@ def test_the_metric_table_is_what_the_server_exposes(quickstart: str) -> None:
 
 def test_the_printed_tree_exists() -> None:
     """Every folder that the layout names."""
-    tree, top = block("", "server/        the path"), Path()
+    (tree,) = [text for text in re.findall(r"```\n(.*?)```", ARCHITECTURE, re.S) if "server/        the path" in text]
+    top = Path()
     for line in tree.splitlines():
         folder = line.split()[0].rstrip("/")
         top = Path(folder) if not line.startswith(" ") else top

@@ -13,7 +13,7 @@ from memdec.decoders.datastore import PIECE, write_datastore
 from memdec.decoders.decoder import write_control, write_decoder
 from memdec.decoders.errors import OptionError
 from memdec.decoders.evaluate import measure, table
-from memdec.decoders.knn_targets import KEPT, KINDS, write_targets
+from memdec.decoders.knn_targets import KEPT, KINDS, TUNED_ON, write_targets
 from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned, write_near_duplicates
@@ -144,7 +144,13 @@ class Build:
         store = write_datastore(work / "datastore", tokens, teacher, options.entries, inputs)
         yield "datastore", store
 
-        inputs = {"datastore": fingerprint(inputs), "neighbours": options.neighbours, "kind": options.targets, "kept": KEPT}
+        inputs = {
+            "datastore": fingerprint(inputs),
+            "neighbours": options.neighbours,
+            "kind": options.targets,
+            "kept": KEPT,
+            "tuned_on": TUNED_ON,
+        }
         targets = write_targets(work / "knn_targets", store, teacher, tokens, options.neighbours, options.targets, inputs)
         yield "knn-targets", targets
 
@@ -184,7 +190,7 @@ class Build:
         training = {
             "corpus": {"name": self.corpus.name, "fingerprint": text, "licence": self.options.licence},
             "options": {name: value for name, value in asdict(self.options).items() if name != "licence"},
-            "tuned": {"k": tuned["neighbours"], "tau": tuned["tau"]},
+            "tuned": {"k": tuned["neighbours"], "tau": tuned["tau"], "lambda": tuned["lam"]},  # of the kNN-LM that was imitated
             "seconds": {name: read_manifest(self.work / name)["seconds"] for name in made},
             "versions": versions(),
         }

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from memdec.decoders.tokens import Ids
 
@@ -95,14 +93,3 @@ def add_up(tokens: Ids, masses: Floats) -> tuple[Ids, Floats]:
     np.add.at(summed, (np.broadcast_to(rows, group.shape), group), mass)
     ids[rows, group] = ordered
     return ids, summed
-
-
-@torch.inference_mode()
-def label_probabilities(hidden: Tensor, weight: Tensor, labels: Ids) -> NDArray[np.float64]:
-    """Softmax probability of labels [n] under hidden [n, H] @ weight.T, chunk by chunk."""
-    wanted = torch.from_numpy(labels.astype(np.int64))
-    parts = []
-    for start in range(0, len(hidden), 1024):
-        logits = hidden[start : start + 1024] @ weight.cpu().T
-        parts.append(logits.log_softmax(1).gather(1, wanted[start : start + 1024, None]).squeeze(1))
-    return torch.cat(parts).double().exp().numpy()

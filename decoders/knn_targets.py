@@ -17,8 +17,10 @@ import torch
 
 from memdec.decoders import parallel
 from memdec.decoders.arrays import fill_array
-from memdec.decoders.datastore import Datastore, Floats, Keys, embed
-from memdec.decoders.knn_lm import Numbers, Tuned, add_up, label_probabilities, token_masses, tune
+from memdec.decoders.datastore import Datastore, Floats, Keys
+from memdec.decoders.evaluate import score, scored, windows
+from memdec.decoders.head import Head
+from memdec.decoders.knn_lm import Numbers, Tuned, add_up, token_masses, tune
 from memdec.decoders.manifest import Bookmark, Manifest, stage, write_whole
 from memdec.decoders.models import load_model
 from memdec.decoders.tokens import Ids, load_tokens
@@ -26,7 +28,7 @@ from memdec.decoders.train import progress
 
 KINDS = ("knn", "knn-lm")
 KEPT = 64  # tokens a row
-TUNED_ON = 16_384  # validation positions that choose k and tau
+TUNED_ON = 64  # validation windows, of 256 scored tokens each, that choose k, tau and lambda
 BATCH = 8192  # queries at a time
 
 
@@ -40,7 +42,7 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
             return out
         datastore = Datastore.open(store)
         if parallel.rank() == 0 and not (folder / "tuned.json").is_file():
-            tuned = tune_beside_teacher(datastore, teacher, load_tokens(tokens, "valid")[:TUNED_ON], most)
+            tuned = tune_beside_teacher(datastore, teacher, load_tokens(tokens, "valid"), most)
             write_whole(folder / "tuned.json", json.dumps(tuned.to_dict(), indent=1) + "\n")
         parallel.barrier()
         chosen = json.loads((folder / "tuned.json").read_text())
@@ -50,7 +52,7 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
             fill_array(folder / "probs.npy", np.float16, shape)
         parallel.barrier()
         ids, probs = fill_array(folder / "ids.npy", datastore.values.dtype, shape), fill_array(folder / "probs.npy", np.float16, shape)
-        head = load_model(teacher).get_output_embeddings().weight.detach() if kind == "knn-lm" else None
+        head = Head.of(load_model(teacher)) if kind == "knn-lm" else None
         mark = Bookmark(folder, "rows")
         begin, end = parallel.share(shape[0], BATCH)
         for start, distances, found in search_own(datastore, chosen["neighbours"], mark.place.get("rows", begin), end):
@@ -70,13 +72,15 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
 
 
 def tune_beside_teacher(store: Datastore, folder: Path, valid: Ids, most: int) -> Tuned:
-    """The k, at most `most`, and tau whose kNN-LM, mixed into the teacher, has the lowest validation perplexity."""
-    teacher = load_model(folder)
-    queries = torch.cat([keys for _, _, keys in embed(teacher, valid, "tau queries")])[:-1]
-    labels = valid[1:]
-    p_teacher = label_probabilities(queries, teacher.get_output_embeddings().weight.detach(), labels)
-    distances, found = store.search(queries.numpy(), min(most, len(store.keys)))
-    return tune(distances, store.values[found] == labels[:, None], p_teacher, tuple(most >> (2 * i) for i in range(4) if most >> (2 * i)))
+    """The k, at most `most`, and tau whose kNN-LM, mixed into the teacher, has the lowest perplexity on `valid` [tokens].
+
+    TUNED_ON windows spread evenly over it are asked: its first part alone would be one document of many.
+    """
+    starts = windows(len(valid), TUNED_ON)
+    logprobs, queries = score(load_model(folder), valid, "tau queries", starts, keys=True)
+    distances, found = store.search(queries, min(most, len(store.keys)))
+    hits = store.values[found] == np.asarray(valid)[scored(starts)][:, None]
+    return tune(distances, hits, np.exp(logprobs), tuple(most >> (2 * i) for i in range(4) if most >> (2 * i)))
 
 
 def search_own(store: Datastore, neighbours: int, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Floats, Numbers]]:
@@ -94,15 +98,15 @@ def search_own(store: Datastore, neighbours: int, begin: int = 0, end: int | Non
 
 
 @torch.inference_mode()
-def beside_teacher(ids: Ids, masses: Floats, lam: float, keys: Keys, head: torch.Tensor) -> tuple[Ids, Floats]:
+def beside_teacher(ids: Ids, masses: Floats, lam: float, keys: Keys, head: Head) -> tuple[Ids, Floats]:
     """lam * p_kNN (rows [n, k]) + (1 - lam) * p_teacher, of which the KEPT likeliest tokens: [n, k + KEPT].
 
-    The teacher's distribution comes from its keys [n, width], which are its final hidden states, and its output projection.
+    The teacher's distribution comes from its keys [n, width], which are its final hidden states, and its output head.
     """
     tokens, probs = [], []
     for start in range(0, len(keys), 1024):
-        hidden = torch.from_numpy(np.asarray(keys[start : start + 1024], np.float32)).to(head.device)
-        top = (hidden @ head.T).softmax(1).topk(min(KEPT, len(head)))
+        hidden = torch.from_numpy(np.asarray(keys[start : start + 1024], np.float32)).to(head.weight.device)
+        top = head.logits(hidden).softmax(1).topk(min(KEPT, len(head.weight)))
         tokens.append(top.indices.cpu().numpy().astype(ids.dtype))
         probs.append(top.values.cpu().numpy())
     return add_up(np.concatenate([ids, np.concatenate(tokens)], 1), np.concatenate([lam * masses, (1 - lam) * np.concatenate(probs)], 1))

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from memdec.decoders import parallel
 from memdec.decoders.errors import CorpusError, OptionError
+from memdec.decoders.head import Head
 from memdec.decoders.loss import sparse_cross_entropy
 from memdec.decoders.manifest import BOOKMARK
 from memdec.decoders.tokenizer import first_line
@@ -99,6 +100,7 @@ def train(
     if len(ids) <= 2 * schedule.window + 1:
         raise CorpusError(f"{what}: {len(ids):,} tokens to train on, wanted more than {2 * schedule.window + 1:,}")
     checkpoint = Checkpoint(folder, what, model, optimizers, batches)
+    head = Head.of(model.eval())
     model.train()
     length = schedule.steps * schedule.window * schedule.batch
     first = checkpoint.load()
@@ -111,9 +113,8 @@ def train(
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 hidden = model.base_model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
             target_ids, target_probs = targets(starts, windows[:, 1:])
-            weight = model.get_output_embeddings().weight
-            flat = hidden.reshape(-1, hidden.shape[-1]).to(precision)
-            loss = sparse_cross_entropy(flat, weight.to(precision), target_ids.to(device), target_probs.to(device))
+            flat, weight = head.operands(hidden.reshape(-1, hidden.shape[-1]), precision)
+            loss = sparse_cross_entropy(flat, weight, target_ids.to(device), target_probs.to(device))
             (loss * (len(starts) * parallel.world() / len(taken))).backward()
             parallel.average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memdec.decoders import knn_lm
 from memdec.decoders.datastore import Datastore
-from memdec.decoders.evaluate import Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
-from memdec.decoders.knn_lm import tune
+from memdec.decoders.evaluate import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
+from memdec.decoders.knn_lm import TAUS, tune
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.package import fingerprint_model, safetensors_header
 from memdec.decoders.passages import Passages
 from memdec.decoders.study.plan import Budget
-from memdec.decoders.study.rag import rag_logprobs, tune_retrieval
+from memdec.decoders.study.rag import CHOICES, rag_logprobs, tune_retrieval
 from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import Ids, load_ends, load_tokens
 
@@ -92,6 +93,12 @@ class Heldout:
         """At most `most` windows of a split."""
         ids = load_tokens(tokens, split)
         return cls(ids, windows(len(ids), most))
+
+
+def grids() -> Manifest:
+    """Every choice that scores are tuned over, for a manifest: scores made with other grids are stale."""
+    knn = {"neighbours": NEIGHBOURS, "probed": PROBED, "fractions": FRACTIONS, "taus": TAUS, "lambdas": knn_lm.LAMBDAS}
+    return {"knn": knn, "rag": CHOICES, "lambdas": LAMBDAS, "window": WINDOW, "scored": SCORED}
 
 
 def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget: Budget, manifest: Manifest) -> Path:

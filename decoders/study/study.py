@@ -24,7 +24,7 @@ from memdec.decoders.study.continuations import continuations
 from memdec.decoders.study.lora import write_lora
 from memdec.decoders.study.plan import Domain, Plan
 from memdec.decoders.study.report import write_report
-from memdec.decoders.study.scores import Heldout, Models, write_scores
+from memdec.decoders.study.scores import Heldout, Models, grids, write_scores
 from memdec.decoders.study.served import served_logprobs
 from memdec.decoders.study.steps import Step, mixed, plain, rag, retrieved
 from memdec.decoders.teacher import write_tuned
@@ -101,6 +101,9 @@ class Study:
     def _scores(self, build: Build, label: str, models: Models, general: Path) -> Path:
         inputs = {**models.fingerprints(), "budget": asdict(self.plan.budget), "general": read_manifest(general)["inputs"]}
         inputs["tokens"] = read_manifest(build.work / "tokens")["inputs"]
+        # A build's licence and the like change no score; what is made from the text does.
+        inputs["made"] = {name: read_manifest(store)["inputs"] for name, store, _ in models.retrievers()}
+        inputs["grids"] = grids()
         return write_scores(build.work / f"scores-{label}", build.work / "tokens", general, models, self.plan.budget, inputs)
 
     def _latency(self, build: Build, label: str, models: Models, scores: Path) -> dict[str, float]:

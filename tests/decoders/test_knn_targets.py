@@ -1,11 +1,16 @@
 """kNN distributions against a dense, obvious computation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from memdec.decoders import knn_targets
 from memdec.decoders.datastore import PIECE, Datastore, build_index, spread, with_exact_distances
-from memdec.decoders.knn_lm import add_up, label_probability, token_masses, tune
+from memdec.decoders.evaluate import scored
+from memdec.decoders.head import Head
+from memdec.decoders.knn_lm import LAMBDAS, add_up, label_probability, token_masses, tune
 from memdec.decoders.knn_targets import KEPT, beside_teacher, search_own, sparse_rows
 
 VOCABULARY = 40
@@ -102,7 +107,7 @@ def test_the_whole_knn_lm_as_a_target() -> None:
     neighbours = random.integers(0, VOCABULARY, (50, 6)).astype(np.uint16)
     masses = random.dirichlet(np.ones(6), 50).astype(np.float32)
     teacher = (torch.from_numpy(keys.astype(np.float32)) @ head.T).softmax(1).numpy()
-    ids, probs = beside_teacher(neighbours, masses, 0.3, keys, head)
+    ids, probs = beside_teacher(neighbours, masses, 0.3, keys, Head(head))
     for row in range(50):
         expected = 0.7 * teacher[row]
         expected[np.argsort(-teacher[row])[KEPT:]] = 0
@@ -124,3 +129,26 @@ def test_a_datastore_covers_the_whole_text_evenly(most: int) -> None:
         assert taken[0] == 0 and taken[-1] == 99_999
         jumps = np.flatnonzero(np.diff(taken.astype(np.int64)) != 1) + 1
         assert (jumps % PIECE == 0).all()
+
+
+def test_targets_are_tuned_on_windows_from_all_of_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of many documents would not do; and the labels are those of the windows."""
+    valid = np.arange(60_000) % VOCABULARY
+    asked: list[int] = []
+
+    def score(_model: None, ids: np.ndarray, _what: str, starts: list[int], keys: bool) -> tuple[np.ndarray, np.ndarray]:
+        asked.extend(starts)
+        places = scored(starts)
+        assert keys and places.max() < len(ids)
+        return np.log(np.full(len(places), 1 / VOCABULARY)), keys_of[ids[places]]
+
+    keys_of = np.random.default_rng(0).normal(size=(VOCABULARY, 16)).astype(np.float32)
+    # Each label's key has one entry, whose value is the label: retrieval is always right, if labels and queries belong together.
+    found = Datastore(
+        keys_of.astype(np.float16), np.arange(VOCABULARY).astype(np.uint16), with_exact_distances(None, keys_of.astype(np.float16))
+    )
+    monkeypatch.setattr(knn_targets, "load_model", lambda _: None)
+    monkeypatch.setattr(knn_targets, "score", score)
+    best = knn_targets.tune_beside_teacher(found, Path("teacher"), valid, 4)
+    assert len(asked) == knn_targets.TUNED_ON and asked[0] == 0 and asked[-1] > 59_000
+    assert best.lam == max(LAMBDAS) and best.perplexity < 1.1

@@ -12,9 +12,11 @@ import torch
 
 from memdec.cli import main
 from memdec.decoders.evaluate import label_logprobs, mix, perplexity, scored, windows
+from memdec.decoders.manifest import fingerprint
 from memdec.decoders.models import load_model, save_model
 from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.pretrain import doubled
+from memdec.decoders.study import scores
 from memdec.decoders.study.rag import rag_logprobs
 from memdec.decoders.study.report import interval, long_tail
 from memdec.decoders.study.scores import METHODS
@@ -146,6 +148,16 @@ def test_a_second_run_trains_and_scores_nothing(study: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (study / "tiny").rglob("*") if p.is_file()}
     assert main(["evaluate", str(study / "study.toml"), "--out", str(study / "results")]) == 0
     assert {p: p.stat().st_mtime_ns for p in (study / "tiny").rglob("*") if p.is_file()} == before
+
+
+def test_scores_of_another_grid_are_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever scores are tuned over is in their manifest, as JSON gives it back."""
+    before = fingerprint(scores.grids())
+    assert fingerprint(json.loads(json.dumps(scores.grids()))) == before
+    for name, value in (("NEIGHBOURS", (16,)), ("PROBED", 8), ("CHOICES", ()), ("TAUS", (1.0,)), ("LAMBDAS", (0.5,))):
+        with monkeypatch.context() as changed:
+            changed.setattr(scores, name, value)
+            assert fingerprint(scores.grids()) != before
 
 
 def test_rag_scores_equal_one_token_at_a_time(study: Path) -> None:

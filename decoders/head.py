@@ -1,0 +1,67 @@
+"""A model's output head: from final hidden states to logits, without the model's own pass.
+
+Training and the kNN targets need logits of chosen rows only, from hidden states that are there already. Most models compute
+`hidden @ weight.T`; Granite and Cohere scale that, Phi adds a bias. Which it is isn't read off the architecture's name: the
+model is asked for a few logits, and what is found must reproduce them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memdec.decoders.errors import PackageError
+
+PROBED = 32  # tokens of the sequence whose logits are compared
+TOLERATED = 1e-3  # of the largest logit
+CAPS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_softcap",
+)  # too gentle at a fresh model's small logits to be noticed by the probe
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = scale * (hidden @ weight.T) + bias."""
+
+    weight: Tensor
+    """[V, H]; the model's own parameter, so training it trains the model."""
+    bias: Tensor | None = None
+    """[V]."""
+    scale: float = 1.0
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """The head of a model that isn't in training mode. Raises PackageError if its logits are no linear function of its hidden states."""
+        layer = model.get_output_embeddings()
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        ids = torch.arange(PROBED, device=weight.device)[None] * 7 % min(model.config.get_text_config().vocab_size, len(weight))
+        hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = model(input_ids=ids, use_cache=False).logits.float()
+        plain = (hidden @ weight.T).float()
+        shifted = wanted if bias is None else wanted - bias.float()
+        scale = float((plain * shifted).sum() / (plain * plain).sum().clamp_min(torch.finfo(torch.float32).tiny))
+        scale = 1.0 if abs(scale - 1) < TOLERATED or not plain.any() else scale
+        error = (scale * plain - shifted).abs().max()
+        if error > TOLERATED * shifted.abs().max() or any(getattr(model.config, name, None) for name in CAPS):
+            kind = type(model).__name__
+            raise PackageError(
+                f"{kind}: its logits are no linear function of its hidden states (a soft cap, perhaps); it can't be trained here"
+            )
+        return cls(weight, bias, scale)
+
+    def operands(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, H'] and weight [V, H'] in `dtype`, whose product is the logits; for the fused loss."""
+        hidden = hidden if self.scale == 1 else hidden * self.scale
+        hidden, weight = hidden.to(dtype), self.weight.to(dtype)
+        if self.bias is None:
+            return hidden, weight
+        return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([weight, self.bias.to(dtype)[:, None]], 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of hidden states [n, H]."""
+        found, weight = self.operands(hidden, self.weight.dtype)
+        return found @ weight.T

@@ -12,7 +12,7 @@ from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import PIECE, write_datastore
 from memdec.decoders.decoder import write_control, write_decoder
 from memdec.decoders.errors import OptionError
-from memdec.decoders.evaluate import measure, table
+from memdec.decoders.perplexity import measure, table
 from memdec.decoders.knn_targets import KEPT, KINDS, TUNED_ON, write_targets
 from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from memdec.decoders.models import load_model

@@ -18,7 +18,7 @@ import torch
 from memdec.decoders import parallel
 from memdec.decoders.arrays import fill_array
 from memdec.decoders.datastore import Datastore, Floats, Keys
-from memdec.decoders.evaluate import score, scored, windows
+from memdec.decoders.perplexity import score, scored, windows
 from memdec.decoders.head import Head
 from memdec.decoders.knn_lm import Numbers, Tuned, add_up, token_masses, tune
 from memdec.decoders.manifest import Bookmark, Manifest, stage, write_whole

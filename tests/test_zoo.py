@@ -9,7 +9,7 @@ from conftest import ROOT
 from server.startup import check_models
 
 from decoders.corpus import Corpus
-from decoders.evaluate import label_logprobs, mix, perplexity
+from decoders.perplexity import label_logprobs, mix, perplexity
 from decoders.models import load_model
 from decoders.package import Package, safetensors_header
 from decoders.tokenizer import load_tokenizer

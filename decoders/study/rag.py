@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memdec.decoders.evaluate import SCORED, WINDOW, Floats, perplexity
+from memdec.decoders.perplexity import SCORED, WINDOW, Floats, perplexity
 from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.tokens import Ids
 from memdec.decoders.train import fast_precision, progress
@@ -24,7 +24,7 @@ CHOICES: tuple[tuple[str, tuple[int, ...]], ...] = (("passage", (64, 128, 256)),
 
 @torch.inference_mode()
 def rag_logprobs(model: PreTrainedModel, passages: Passages, ids: Ids, starts: Sequence[int], how: RagOptions, what: str) -> Floats:
-    """Log p(token) of the tokens that `evaluate.score` scores, in its order, with a fresh passage before every stride."""
+    """Log p(token) of the tokens that `perplexity.score` scores, in its order, with a fresh passage before every stride."""
     device = next(model.parameters()).device
     precision = fast_precision(device)
     result = np.zeros((len(starts), SCORED))

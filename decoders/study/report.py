@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memdec.decoders.evaluate import Floats, perplexity
+from memdec.decoders.perplexity import Floats, perplexity
 from memdec.decoders.manifest import write_whole
 from memdec.decoders.study.plan import Plan
 from memdec.decoders.study.plots import write_plots

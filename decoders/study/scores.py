@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from memdec.decoders import knn_lm
 from memdec.decoders.datastore import Datastore
-from memdec.decoders.evaluate import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
+from memdec.decoders.perplexity import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
 from memdec.decoders.knn_lm import TAUS, tune
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model

@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 
 from memdec.decoders.errors import DecoderError
-from memdec.decoders.evaluate import SCORED, WINDOW
+from memdec.decoders.perplexity import SCORED, WINDOW
 from memdec.decoders.study.scores import Heldout
 from memdec.decoders.train import progress
 

@@ -13,7 +13,7 @@ from memdec.decoders import parallel
 from memdec.decoders.build import Build
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import Datastore, write_datastore
-from memdec.decoders.evaluate import perplexity
+from memdec.decoders.perplexity import perplexity
 from memdec.decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memdec.cli import main
-from memdec.decoders.evaluate import label_logprobs, mix, perplexity, scored, windows
+from memdec.decoders.perplexity import label_logprobs, mix, perplexity, scored, windows
 from memdec.decoders.manifest import fingerprint
 from memdec.decoders.models import load_model, save_model
 from memdec.decoders.passages import Passages, RagOptions

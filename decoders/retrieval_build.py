@@ -11,12 +11,12 @@ from memdec.decoders.build import LEAST_ENTRIES, Build
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import PIECE, Datastore, spread, write_datastore, write_index
 from memdec.decoders.errors import OptionError
-from memdec.decoders.perplexity import perplexity, score, scored, windows
 from memdec.decoders.knn_lm import Tuned, tune
 from memdec.decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.package import fingerprint_model
 from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.perplexity import perplexity, score, scored, windows
 from memdec.decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
 from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens

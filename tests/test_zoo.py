@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from server.startup import check_models
 
-from decoders.corpus import Corpus
-from decoders.perplexity import label_logprobs, mix, perplexity
-from decoders.models import load_model
-from decoders.package import Package, safetensors_header
-from decoders.tokenizer import load_tokenizer
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.models import load_model
+from memdec.decoders.package import Package, safetensors_header
+from memdec.decoders.perplexity import label_logprobs, mix, perplexity
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.server.checked_models import check_models
 
 ZOO = ROOT / "decoders" / "zoo"
 DOMAINS = ("biomed", "finance", "law", "python")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memdec.decoders.perplexity import SCORED, WINDOW, Floats, perplexity
 from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.perplexity import SCORED, WINDOW, Floats, perplexity
 from memdec.decoders.tokens import Ids
 from memdec.decoders.train import fast_precision, progress
 

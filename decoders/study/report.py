@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memdec.decoders.perplexity import Floats, perplexity
 from memdec.decoders.manifest import write_whole
+from memdec.decoders.perplexity import Floats, perplexity
 from memdec.decoders.study.plan import Plan
 from memdec.decoders.study.plots import write_plots
 from memdec.decoders.study.scores import METHODS, weight_bytes

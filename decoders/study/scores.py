@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from memdec.decoders import knn_lm
 from memdec.decoders.datastore import Datastore
-from memdec.decoders.perplexity import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
 from memdec.decoders.knn_lm import TAUS, tune
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.package import fingerprint_model, safetensors_header
 from memdec.decoders.passages import Passages
+from memdec.decoders.perplexity import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
 from memdec.decoders.study.plan import Budget
 from memdec.decoders.study.rag import CHOICES, rag_logprobs, tune_retrieval
 from memdec.decoders.tokenizer import load_tokenizer

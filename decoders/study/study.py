@@ -13,12 +13,12 @@ from memdec.decoders import parallel
 from memdec.decoders.build import Build
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import Datastore, write_datastore
-from memdec.decoders.perplexity import perplexity
 from memdec.decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned
 from memdec.decoders.package import fingerprint_model
 from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.perplexity import perplexity
 from memdec.decoders.study import latency
 from memdec.decoders.study.continuations import continuations
 from memdec.decoders.study.lora import write_lora

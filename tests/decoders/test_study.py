@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from memdec.cli import main
-from memdec.decoders.perplexity import label_logprobs, mix, perplexity, scored, windows
 from memdec.decoders.manifest import fingerprint
 from memdec.decoders.models import load_model, save_model
 from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.perplexity import label_logprobs, mix, perplexity, scored, windows
 from memdec.decoders.pretrain import doubled
 from memdec.decoders.study import scores
 from memdec.decoders.study.rag import rag_logprobs

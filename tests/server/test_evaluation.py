@@ -10,8 +10,8 @@ import pytest
 from conftest import Server
 from transformers import AutoTokenizer
 
-from memdec.decoders.perplexity import WINDOW, label_logprobs, mix, perplexity, windows
 from memdec.decoders.models import load_model
+from memdec.decoders.perplexity import WINDOW, label_logprobs, mix, perplexity, windows
 from memdec.decoders.study.scores import Heldout
 from memdec.decoders.study.served import ServerError, served_logprobs
 

@@ -32,6 +32,7 @@ UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's cla
 }
 MOST_DRAFTED = 16  # tokens
 DRAFTED_ON_CPU = 6
+SPINS = "1000"  # of a waiting thread before it sleeps: some ten microseconds
 Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
@@ -41,6 +42,7 @@ def set_environment(argv: list[str]) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    wait_briefly()
     if small_cpu() and any(word.startswith(("--tensor", "--pipeline", "--data-parallel", "-tp", "-pp", "-dp")) for word in argv):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM would give each worker a NUMA node, or cores, of its own
     elif small_cpu():
@@ -48,6 +50,17 @@ def set_environment(argv: list[str]) -> None:
     if "--enforce-eager" in argv:
         # One sampler helper has a torch.compile decorator of its own, and would build C++ at the first request with logprobs.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def wait_briefly() -> None:
+    """Have OpenMP's threads, in the engine's process, spin for a moment and then sleep while they wait for each other; what the user has set stays.
+
+    A step has hundreds of short parallel regions. By default a thread that waits for the next one spins for milliseconds: on a machine that
+    has something else to do, spinning uses up its share of the cores, and where it is needed it isn't scheduled, while the others spin for it.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS  # GNU's runtime, which comes with torch
+        os.environ["KMP_BLOCKTIME"] = "0"  # Intel's, where it is preloaded: milliseconds
 
 
 def require_safe_loading(args: Namespace) -> None:

@@ -16,13 +16,14 @@ from memdec.decoders.knn_targets import KEPT, KINDS, TUNED_ON, write_targets
 from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned, write_near_duplicates
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, check_weights, fingerprint_model, write_package
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, write_package
 from memdec.decoders.perplexity import measure, table
 from memdec.decoders.pretrain import DECODER, Shape
 from memdec.decoders.teacher import write_student, write_tuned
 from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule
+from memdec.decoders.weights import check_weights, fingerprint_model
 
 LEAST_ENTRIES = 2_000  # what the training windows need
 

@@ -3,26 +3,27 @@
 This module is what the server needs of training: it imports neither torch models nor faiss.
 """
 
-import hashlib
 import json
-import math
+import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from memdec.decoders import parallel
 from memdec.decoders.errors import PackageError
+from memdec.decoders.files import MOST_JSON, parse_json, read_bytes, read_json, shown
 from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.record import FORMAT, Config, Record, checked
 from memdec.decoders.tokenizer import load_tokenizer, token_map_hash
+from memdec.decoders.weights import CONFIG, Scanned, check_weights, fingerprint_model, revision_of, scan
 
 NAME = "memory_decoder.json"
 CARD = "README.md"
 DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a domain's name: safe in a header, a model alias and a metric label
 DOMAIN_RULE = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
-FORMAT = 1
-DEFAULT_LAMBDA = 0.6  # the paper's v1, table 7: best or near it for most models
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -42,133 +43,68 @@ class Package:
     path: Path
     config: dict[str, Any]
     """The folder's config.json."""
+    record: Record
+    """Its memory_decoder.json; what a plain checkpoint lacks is at its default."""
+    weights: Scanned
+    """Hashes and size of its weights, all of whose bytes were read."""
     revision: str
-    """Fingerprint of config and weights."""
-    domain: str | None
-    """Name given in training; None for a plain checkpoint."""
+    """Hash of config and weights."""
     lam: float
     """Tuned lambda for the base it is opened beside, or the default."""
-    tuned: bool
+    tuned: bool = False
     """Whether `lam` was tuned on that base."""
-    perplexity: dict[str, Any]
+    perplexity: dict[str, Any] = field(default_factory=dict)
     """Measured test perplexities beside that base; empty if never measured."""
-    tokenizer: str | None
-    """Hash of the token -> id map it was trained with."""
 
     @classmethod
     def open(cls, path: Path, base: Path | None = None) -> "Package":
         """Read and check a package or a plain checkpoint. Raises PackageError, one line, if it can't be served."""
-        config = read_json(path / "config.json")
-        check_architecture(path, config)
-        check_weights(path)
-        record = read_record(path)
-        measured = record.get("bases", {}).get(fingerprint_model(base), {}) if base is not None else {}
-        lam = measured.get("lambda", record.get("lambda", DEFAULT_LAMBDA))
-        if not is_lambda(lam):
-            raise PackageError(f"{path / NAME}: lambda is {lam!r}, wanted a number from 0 to 1")
-        return cls(
-            path, config, fingerprint_model(path), record.get("domain"), float(lam), "lambda" in measured, measured, record.get("token_map")
-        )
+        found = cls.read(path)
+        return found if base is None else found.beside(lambda: fingerprint_model(base))
+
+    @classmethod
+    def read(cls, path: Path, within: Sequence[Path] = ()) -> "Package":
+        """The same without a base. `within`: folders of which one must hold each of its files, symbolic links followed; empty: anywhere."""
+        data = read_bytes(path / CONFIG, MOST_JSON, within)
+        config = parse_json(data, path / CONFIG)
+        checked(Config, config, path / CONFIG)
+        record = read_record(path, within) or Record()
+        check_weights(path, within)
+        weights = scan(path, within)
+        return cls(path, config, record, weights, revision_of(data, weights.digests), record.lam)
+
+    def beside(self, base: Callable[[], str]) -> "Package":
+        """The same with what was measured beside a base, whose revision is asked for only if anything was measured."""
+        figures = self.record.bases.get(base()) if self.record.bases else None
+        if figures is None:
+            return self
+        lam = self.lam if figures.lam is None else figures.lam
+        return replace(self, lam=lam, tuned=figures.lam is not None, perplexity=figures.to_json())
+
+    @property
+    def domain(self) -> str | None:
+        """Name given in training; None for a plain checkpoint."""
+        return self.record.domain
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Hash of the token -> id map it was trained with."""
+        return self.record.token_map
 
     @property
     def size(self) -> int:
         """Bytes of its weights."""
-        return sum(p.stat().st_size for p in self.path.glob("*.safetensors"))
+        return self.weights.size
 
 
-def is_lambda(value: object) -> bool:
-    """Whether a value is a usable lambda: a finite number in [0, 1], booleans not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises PackageError naming the file."""
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise PackageError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise PackageError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise PackageError(f"{path}: wanted a JSON object, found {type(value).__name__}")
-    return value
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """`memory_decoder.json`, or {} for a plain checkpoint. Raises PackageError on another format."""
-    if not (path / NAME).is_file():
-        return {}
-    record = read_json(path / NAME)
-    bases = record.get("bases", {})
-    if not isinstance(bases, dict) or not all(isinstance(found, dict) for found in bases.values()):
-        raise PackageError(f"{path / NAME}: bases is {bases!r}, wanted an object of objects")
-    if record.get("format") != FORMAT:
-        raise PackageError(f"{path / NAME}: format is {record.get('format')!r}, this version reads {FORMAT}")
-    return record
-
-
-def check_architecture(path: Path, config: dict[str, Any]) -> None:
-    """Raise PackageError unless config.json names exactly one architecture."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
-        raise PackageError(f"{path / 'config.json'}: architectures is {names!r}, wanted a list with one name")
-
-
-def check_weights(path: Path) -> None:
-    """Raise PackageError if safetensors files are missing or shorter or longer than their headers say."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise PackageError(f"{path}: no .safetensors file in it (only safetensors are loaded)")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = set(read_json(index).get("weight_map", {}).values())
-        missing = sorted(wanted - {f.name for f in files})
-        if missing:
-            raise PackageError(f"{path}: {missing[0]} is missing, named in {index.name}")
-    for file in files:
-        expected, actual = expected_bytes(file), file.stat().st_size
-        if expected != actual:
-            raise PackageError(f"{file}: {actual:,} bytes, its header says {expected:,}; truncated or damaged, copy it again")
-
-
-def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data begins, and the parsed header. Raises PackageError."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > 100_000_000:
-            raise PackageError(f"{file}: not a safetensors file")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise PackageError(f"{file}: its header is damaged; truncated or not a safetensors file") from None
-    if not isinstance(header, dict):
-        raise PackageError(f"{file}: its header is damaged; truncated or not a safetensors file")
-    return 8 + length, header
-
-
-def expected_bytes(file: Path) -> int:
-    """Size that a safetensors file must have according to its header."""
-    start, header = safetensors_header(file)
-    return start + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-
-
-def fingerprint_model(path: Path) -> str:
-    """Fingerprint of a model folder: its config, and sizes and samples of its weights.
-
-    Weights are sampled (64 KiB at 16 places a file), so that it costs milliseconds for tens of gigabytes; every retraining
-    moves all weights, so samples tell revisions apart.
-    """
-    digest = hashlib.sha256()
-    if (path / "config.json").is_file():
-        digest.update((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for i in range(16):
-                stream.seek(size * i // 16)
-                digest.update(stream.read(1 << 16))
-    return digest.hexdigest()[:16]
+def read_record(path: Path, within: Sequence[Path] = ()) -> Record | None:
+    """`memory_decoder.json`, or None for a plain checkpoint. Raises PackageError."""
+    if not os.path.lexists(path / NAME):
+        return None
+    found = read_json(path / NAME, within)
+    if found.get("format") != FORMAT:
+        raise PackageError(f"{path / NAME}: format is {shown(found.get('format'))}, this version reads {FORMAT}")
+    return checked(Record, found, path / NAME)
 
 
 def share(folder: Path) -> None:
@@ -196,6 +132,7 @@ def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], 
             "bases": bases,
             "training": training,
         }
+        checked(Record, record, out / NAME)  # or no server would take it
         (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
         (folder / CARD).write_text(model_card(record))
         share(folder)

@@ -12,7 +12,7 @@ they come with the base's own pass. (The datastore that a decoder imitates has t
 This module reads and checks the folder; `memdec.decoders.retrieval_build` makes it.
 """
 
-import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,18 @@ import numpy as np
 
 from memdec.decoders.datastore import Datastore
 from memdec.decoders.errors import PackageError
+from memdec.decoders.files import open_regular, read_json, shown
 from memdec.decoders.manifest import fingerprint
-from memdec.decoders.package import fingerprint_model, is_lambda, read_json
-from memdec.decoders.passages import RagOptions
+from memdec.decoders.passages import INDEX as WORDS
+from memdec.decoders.passages import TOKENS, RagOptions
+from memdec.decoders.record import RetrievalRecord, checked
+from memdec.decoders.weights import THREADS, file_digest, fingerprint_model
 
 NAME = "retrieval.json"
 FORMAT = 1
 KEY = "final hidden state of the base"
 INDEX, VALUES = "index.faiss", "values.npy"
-HASHED = 16 << 30  # bytes a server reads through at start, a second a gigabyte; of larger files only the size is checked
+NEEDED = (INDEX, VALUES, TOKENS, f"{WORDS}/")  # what is read, and so must be among the files whose hashes are known
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,17 @@ class RetrievalPackage:
             raise PackageError(f"{path}: no {NAME} in it; make one with memdec retrieval")
         record = read_json(path / NAME)
         if record.get("format") != FORMAT:
-            raise PackageError(f"{path / NAME}: format is {record.get('format')!r}, this version reads {FORMAT}")
+            raise PackageError(f"{path / NAME}: format is {shown(record.get('format'))}, this version reads {FORMAT}")
         if record.get("key") != KEY:
-            raise PackageError(f"{path}: its keys are {record.get('key')!r}, wanted {KEY!r}")
-        try:
-            knn, files = record["knn"], record["files"]
-            found = cls(
-                path, str(record["domain"]), int(record["entries"]), int(knn["neighbours"]), float(knn["tau"]), knn["lam"],
-                int(knn["probed"]), RagOptions(**record["rag"]), str(record["base"]), files, dict(record["perplexity"]),
-            )  # fmt: skip
-            if not is_lambda(found.lam) or found.tau <= 0 or found.neighbours < 1 or found.probed < 1 or found.size < 1:
-                raise ValueError(f"knn is {knn!r}, wanted lam from 0 to 1, the others above 0")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PackageError(f"{path / NAME}: damaged ({type(error).__name__}: {error})") from None
-        return found
+            raise PackageError(f"{path}: its keys are {shown(record.get('key'))}, wanted {KEY!r}")
+        told = checked(RetrievalRecord, record, f"{path / NAME}: damaged")
+        knn, files = told.knn, {name: file.model_dump() for name, file in told.files.items()}
+        if missing := [name for name in NEEDED if not any(f == name or (name[-1] == "/" and f.startswith(name)) for f in files)]:
+            raise PackageError(f"{path / NAME}: damaged: files has no {missing[0]}, wanted the size and hash of whatever is read")
+        return cls(
+            path, told.domain, told.entries, knn.neighbours, knn.tau, knn.lam, knn.probed, RagOptions(**told.rag.model_dump()), told.base,
+            files, told.perplexity,
+        )  # fmt: skip
 
     @classmethod
     def open(cls, path: Path, base: Path) -> "RetrievalPackage":
@@ -92,8 +92,9 @@ class RetrievalPackage:
             raise PackageError(
                 f"{path}: made for another base (fingerprint {found.base}; {base} has {own}); make one with memdec retrieval"
             )
-        for name, expected in found.files.items():
-            check_file(path / name, expected)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(lambda name: check_file(path / name, found.files[name]), found.files):
+                pass
         return found
 
     @property
@@ -109,15 +110,19 @@ class RetrievalPackage:
 
 def describe(file: Path) -> dict[str, Any]:
     """Size and hash of a file."""
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    with open_regular(file) as stream:
+        digest = file_digest(stream)
+        return {"bytes": stream.tell(), "sha256": digest}
 
 
 def check_file(file: Path, expected: dict[str, Any]) -> None:
-    """Raise PackageError unless a file is as `describe` found it."""
-    if not file.is_file():
+    """Raise PackageError unless a file is as `describe` found it: all its bytes are read, however large it is."""
+    if not file.exists():
         raise PackageError(f"{file}: missing")
-    if file.stat().st_size != expected["bytes"]:
-        raise PackageError(f"{file}: {file.stat().st_size:,} bytes, wanted {expected['bytes']:,}; truncated or damaged, copy it again")
-    if file.stat().st_size <= HASHED and describe(file) != expected:
-        raise PackageError(f"{file}: its bytes are not those that were written; damaged, copy it again")
+    with open_regular(file) as stream:
+        size = stream.seek(0, 2)
+        if size != expected["bytes"]:
+            raise PackageError(f"{file}: {size:,} bytes, wanted {expected['bytes']:,}; truncated or damaged, copy it again")
+        stream.seek(0)
+        if file_digest(stream) != expected["sha256"]:
+            raise PackageError(f"{file}: its bytes are not those that were written; damaged, copy it again")

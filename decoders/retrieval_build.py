@@ -14,12 +14,12 @@ from memdec.decoders.errors import OptionError
 from memdec.decoders.knn_lm import Tuned, tune
 from memdec.decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
 from memdec.decoders.models import load_model
-from memdec.decoders.package import fingerprint_model
 from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import perplexity, score, scored, windows
 from memdec.decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
 from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens
+from memdec.decoders.weights import fingerprint_model
 
 NEIGHBOURS = (16, 64, 256, 1024)
 PROBED = (8, 16, 64)

@@ -8,8 +8,9 @@ import torch
 
 from memdec.decoders.errors import PackageError
 from memdec.decoders.models import load_model
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, NAME, Package, check_weights, read_record
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, NAME, Package, read_record
 from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
+from memdec.decoders.weights import check_weights
 
 
 def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:

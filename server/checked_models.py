@@ -1,25 +1,26 @@
 """From command-line paths to checked models: whatever can be refused is refused here, before any process is started."""
 
-import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from memdec.decoders.errors import DecoderError
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package, check_weights, read_json, safetensors_header
+from memdec.decoders.files import read_json, shown
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package
 from memdec.decoders.package import NAME as RECORD
+from memdec.decoders.record import Config, checked
 from memdec.decoders.retrieval import RetrievalPackage
 from memdec.decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash, trusted
+from memdec.decoders.weights import CONFIG, check_weights, fingerprint_model, scan
 from memdec.server.errors import StartupError
 from memdec.server.routing.domains import Datastore, Domain, Domains
 
 # config.json entries that may differ between decoders of one shape
 NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
-NOT_FINITE = {"F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
 SCANNED = 8 << 30  # a base of more bytes is checked for NaN only while vLLM loads it: reading it twice would cost minutes
 
 
@@ -99,31 +100,33 @@ def parse_named(flag: str, text: str) -> tuple[str, str]:
 
 def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) -> Models:
     folder = resolve(base)
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise StartupError(f"{folder / 'config.json'}: architectures is {architectures!r}, wanted a list with one name")
+    config = read_json(folder / CONFIG)
+    architecture = checked(Config, config, folder / CONFIG).architectures[0]
     check_weights(folder)
     names = [name for name, _ in decoders]
     if len(set(names)) < len(names):
         raise StartupError(f"--decoder: the name {next(n for n in names if names.count(n) > 1)!r} is given twice")
     if sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= SCANNED:
-        require_finite(folder, quantised="quantization_config" in config)
+        scan(folder, quantised="quantization_config" in config)
     tokenizer = load_tokenizer(folder)
     token_hash = token_map_hash(tokenizer)
-    opened = [(name, open_decoder(name, resolve(path), folder, tokenizer)) for name, path in decoders]
+    opened = [(name, open_decoder(name, resolve(path), lambda: fingerprint_model(folder), tokenizer)) for name, path in decoders]
     limits = [positions(folder), *(positions(package.path) for _, package in opened)]
     require_one_shape(opened)
     domains = tuple(domain_of(name, package, token_hash) for name, package in opened)
     known = [limit for limit in limits if limit is not None]
     label = served_name or (folder.name if Path(base).exists() else base)
-    return Models(folder, architectures[0], Domains(label, domains), min(known, default=None))
+    return Models(folder, architecture, Domains(label, domains), min(known, default=None))
 
 
-def open_decoder(name: str, path: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> Package:
-    """A decoder's folder, with everything checked that can be without the other decoders. `tokenizer` is the base's. Raises StartupError or DecoderError."""
-    package = Package.open(path, base)
-    require_finite(package.path)
+def open_decoder(
+    name: str, path: Path, base: Callable[[], str], tokenizer: PreTrainedTokenizerBase, within: Sequence[Path] = ()
+) -> Package:
+    """A decoder's folder, with everything checked that can be without the other decoders. Raises StartupError or DecoderError.
+
+    `base` says the base's revision, `tokenizer` is the base's. `within`: folders of which one must hold each of the files; empty: anywhere.
+    """
+    package = Package.read(path, within).beside(base)
     require_room(package, tokenizer, name)
     # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
     require_same_token_map(tokenizer, load_tokenizer(package.path), f"decoder {name}")
@@ -174,7 +177,7 @@ def positions(folder: Path) -> int | None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted()).get_text_config()
     except Exception as error:  # transformers raises many kinds here
-        raise StartupError(f"{folder / 'config.json'}: {first_line(error)}") from None
+        raise StartupError(f"{folder / CONFIG}: no configuration that transformers can read ({first_line(error)})") from None
     limit = getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -189,32 +192,13 @@ def require_one_shape(packages: list[tuple[str, Package]]) -> None:
             ours, theirs = reference.config.get(key), package.config.get(key)
             if key not in NOT_SHAPE and ours != theirs:
                 raise StartupError(
-                    f"decoders {first} and {name} differ in {key}: {json.dumps(ours)} and {json.dumps(theirs)}; "
+                    f"decoders {first} and {name} differ in {key}: {shown(ours)} and {shown(theirs)}; "
                     "the decoders of one server need one architecture and shape"
                 )
 
 
 def require_room(package: Package, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise StartupError if the decoder has fewer embeddings than the tokenizer has ids. More (padding) are fine."""
-    rows, ids = package.config.get("vocab_size", 0), max(tokenizer.get_vocab().values()) + 1
+    rows, ids = package.config.get("vocab_size") or 0, max(tokenizer.get_vocab().values()) + 1
     if rows < ids:
         raise StartupError(f"decoder {name}: its vocab_size is {rows}, but the tokenizer has {ids} ids; wanted at least as many")
-
-
-def require_finite(folder: Path, quantised: bool = False) -> None:
-    """Raise StartupError if a weight holds NaN or infinity, or is of a type that isn't floating point and not `quantised`."""
-    for file in sorted(folder.glob("*.safetensors")):
-        start, header = safetensors_header(file)
-        data = np.memmap(file, np.uint8, "r", offset=start)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in NOT_FINITE:
-                if quantised:
-                    continue
-                raise StartupError(f"{file}: weight {name} has type {entry['dtype']}, wanted one of {', '.join(NOT_FINITE)}")
-            kind, exponent = NOT_FINITE[entry["dtype"]]
-            begin, end = entry["data_offsets"]
-            bits = data[begin:end].view(kind)
-            if np.any((bits & kind(exponent)) == kind(exponent)):
-                raise StartupError(f"{file}: weight {name} holds NaN or infinity")

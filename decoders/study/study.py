@@ -16,7 +16,6 @@ from memdec.decoders.datastore import Datastore, write_datastore
 from memdec.decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned
-from memdec.decoders.package import fingerprint_model
 from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import perplexity
 from memdec.decoders.study import latency
@@ -31,6 +30,7 @@ from memdec.decoders.teacher import write_tuned
 from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule
+from memdec.decoders.weights import fingerprint_model
 
 
 @dataclass(frozen=True)

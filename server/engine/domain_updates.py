@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from memdec.decoders.errors import DecoderError
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package, fingerprint_model
+from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package
 from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.weights import fingerprint_model
 from memdec.server import metrics
 from memdec.server.checked_models import Models, domain_of, open_decoder, require_one_shape
 from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
@@ -74,9 +75,10 @@ class DomainUpdates:
 
     def __init__(self, engine: Any, models: Models, options: UpdateOptions) -> None:
         self.engine, self.domains, self.options = engine, models.domains, options
-        self.base, self.tokenizer = models.base, load_tokenizer(models.base)
+        self.tokenizer = load_tokenizer(models.base)
+        self.base_revision = fingerprint_model(models.base)
         first = models.domains.all[0]
-        self.reference = (first.name, Package.open(Path(first.path), models.base))
+        self.reference = (first.name, Package.read(Path(first.path)))
         self.token_hash = first.tokenizer
         self.draining: dict[int, Domain] = {}
         """Slots whose decoder takes no new requests, but still has some."""
@@ -137,7 +139,7 @@ class DomainUpdates:
         """A decoder, checked as at start-up. Raises OutsideRoots and BadPackage."""
         folder = self._confined(path)
         try:
-            package = open_decoder(name, folder, self.base, self.tokenizer)
+            package = open_decoder(name, folder, lambda: self.base_revision, self.tokenizer, self.options.roots)
             require_one_shape([self.reference, (name, package)])
         except (StartupError, DecoderError) as error:
             raise BadPackage(f"{error}.") from None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from memdec.decoders.package import read_json
+from memdec.decoders.files import read_json
 from memdec.decoders.tokenizer import TRUST, first_line
 from memdec.server import logs
 from memdec.server.api.limits import Limits, bound_queue

@@ -25,7 +25,7 @@ from reference import greedy, hugging_face
 from safetensors.torch import load_file, save_file
 from toys import QWEN_ROWS, qwen
 
-from memdec.decoders.package import fingerprint_model
+from memdec.decoders.weights import fingerprint_model
 from memdec.server.checked_models import check_models, packages_in
 from memdec.server.engine.domain_updates import ADMIN_KEY, UpdateOptions
 from memdec.server.errors import StartupError
@@ -34,7 +34,7 @@ ADMIN, USER = {"Authorization": "Bearer the admin's"}, {"Authorization": "Bearer
 VERSIONS = [f"v{i}" for i in range(1, 7)]
 SLOTS = 4
 TOKENS = 10
-OPTIONS = (ROOT / "server" / "engine" / "options.py").read_text()
+OPTIONS = (ROOT / "server" / "launch" / "options.py").read_text()
 REQUESTS = 1000
 PREFIXES = [[100 + (salt * 137 + i * i * 11 + i * salt) % 900 for i in range(300)] for salt in (1, 2)]  # two cache blocks and more
 PROMPTS = [[*prefix, 200 + i] for prefix in PREFIXES for i in range(2)] + [[300, 301, 302], [400, 401]]

@@ -1,0 +1,89 @@
+"""Closing a connection so that the last answer is read: a close with unread bytes is a reset, which takes the answer with it."""
+
+import asyncio
+from typing import Any
+
+LINGER_BYTES = 64 << 20
+LINGER_SECONDS = 30
+UNTAKEN_SECONDS = 120  # a client that takes nothing of a full buffer for so long is gone
+
+
+class LingeringTransport:
+    """A transport whose `close`, while the client is still sending, ends the answers alone; then it drops what comes, up to a bound.
+
+    It also ends a connection whose client takes nothing of what it is sent.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self.inner, self.loop = transport, loop
+        self.unread = False
+        """Whether the client may have more to send of a request."""
+        self.deaf = False
+        """Whether what comes is dropped: the answers that are due are the last."""
+        self.dropped = 0
+        """Bytes of that."""
+        self.ended = False
+        """Whether the last answer is written."""
+        self.closing: asyncio.TimerHandle | None = None
+        self.untaken: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the transport's."""
+        return getattr(self.inner, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing more may be written."""
+        return self.ended or self.inner.is_closing()
+
+    def close(self) -> None:
+        """Close, or end the answers and wait for the client to end too."""
+        if self.is_closing():
+            return
+        self.deaf = self.ended = True
+        if not self.unread:
+            self.inner.close()
+            return
+        self.inner.resume_reading()
+        if self.inner.can_write_eof():  # not over TLS
+            self.inner.write_eof()
+        self.closing = self.loop.call_later(LINGER_SECONDS, self.inner.abort)
+
+    def deafen(self) -> None:
+        """Drop all that comes from now on."""
+        self.deaf = True
+
+    def drop(self, size: int) -> bool:
+        """Whether `size` bytes that have come are to be dropped. Over the bound the connection ends."""
+        if self.deaf:
+            self.dropped += size
+            if self.dropped > LINGER_BYTES:
+                self.inner.abort()
+        return self.deaf
+
+    def hurry(self) -> None:
+        """Wait no longer for a client that has been answered."""
+        if self.ended:
+            self.inner.close()
+
+    def expect_reading(self) -> None:
+        """The buffer is full: the client has some time to take a part of it, then again."""
+        self.reading_goes_on()
+        self.untaken = self.loop.call_later(UNTAKEN_SECONDS, self._look, self.inner.get_write_buffer_size())
+
+    def reading_goes_on(self) -> None:
+        """The buffer has room again."""
+        if self.untaken is not None:
+            self.untaken.cancel()
+            self.untaken = None
+
+    def lost(self) -> None:
+        """The connection is gone, and its timers with it."""
+        self.reading_goes_on()
+        if self.closing is not None:
+            self.closing.cancel()
+
+    def _look(self, size: int) -> None:
+        if self.inner.get_write_buffer_size() < size:
+            self.expect_reading()
+        else:
+            self.inner.abort()

@@ -1,6 +1,6 @@
 """How many tokens to draft: what a step would bring, by each request's own acceptance, over what it would take, as measured."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Any
@@ -85,25 +85,25 @@ class DraftLengths:
         self.draft = 0.0
         """Seconds of drafting one token for all who draft; 0: not measured yet."""
         self.requests: dict[str, Acceptance] = {}
-        self.usual: dict[int, float] = {}
-        """By slot: share of the tried tokens that is accepted, over its requests."""
+        self.usual: dict[Hashable, float] = {}
+        """By kind, which is what requests are accepted alike by: share of the tried tokens that is accepted."""
 
     def drafted(self, seconds: float) -> None:
         """One token was drafted for all who draft."""
         seconds = min(seconds, 3 * self.draft) if self.draft else seconds
         self.draft = 0.9 * self.draft + 0.1 * seconds if self.draft else seconds
 
-    def begin(self, request: str, slot: int, lam: float) -> None:
-        """A request that drafts, if it is new: what it may expect is what others of its slot saw, or follows from lambda, the least there is."""
+    def begin(self, request: str, kind: Hashable, lam: float) -> None:
+        """A request that drafts, if it is new: what it may expect is what others of its kind saw, or follows from lambda, the least there is."""
         if request not in self.requests:
-            self.requests[request] = Acceptance(TRIED * self.usual.setdefault(slot, (1 + lam) / 2))
+            self.requests[request] = Acceptance(TRIED * self.usual.setdefault(kind, (1 + lam) / 2))
 
-    def verified(self, request: str, slot: int, drafted: int, accepted: int) -> None:
+    def verified(self, request: str, kind: Hashable, drafted: int, accepted: int) -> None:
         """What became of a request's draft."""
         self.requests[request].add(drafted, accepted)
         tried = accepted + (accepted < drafted)
         weight = 0.99**tried
-        self.usual[slot] = weight * self.usual[slot] + (1 - weight) * accepted / tried
+        self.usual[kind] = weight * self.usual[kind] + (1 - weight) * accepted / tried
 
     def keep(self, requests: set[str]) -> None:
         """Forget all but these."""

@@ -6,7 +6,7 @@ their distribution.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ class DraftingScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_lookahead_tokens = self.num_spec_tokens  # vLLM reserves none for a proposer of its users'
+
+
+def _is_constrained(request: Any) -> bool:
+    return request.sampling_params.structured_outputs is not None
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,28 @@ class MemoryDrafter:
         ids: list[str] = runner.input_batch.req_ids
         counts = np.diff(runner.query_start_loc.np[: len(ids) + 1])
         for name, new, count in zip(ids, sampled_token_ids, counts.tolist(), strict=True):
-            if new and count > 1 and name in self.seen and name in self.lengths.requests:
-                self.lengths.verified(name, runner.requests[name].memory[0], count - 1, len(new) - 1)
+            drafted = self._drafted(name, count - 1)
+            if new and drafted and name in self.lengths.requests:
+                self.lengths.verified(name, self._kind(runner.requests[name]), drafted, len(new) - 1)
         # Nothing was waited for if a request was here before, and prompts cost what drafts never will.
         if self.ended and counts.max() <= self.most + 1 and any(name in self.lengths.requests for name in ids):
             self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
         self.lengths.keep(set(ids))
+
+    def _drafted(self, name: str, verified: int) -> int:
+        """Tokens that were drafted for a request's last step, of which so many were verified.
+
+        What a grammar drops never reaches the verifier, and is as wrong as what that rejects. vLLM shows a drafter no grammar: the mask of
+        the next token exists only after this one is accepted, in the scheduler. What else is dropped (a full step) says nothing.
+        """
+        if name not in self.seen:
+            return 0
+        return len(self.seen[name].tokens) if _is_constrained(self.runner.requests[name]) else verified
+
+    @staticmethod
+    def _kind(request: Any) -> Hashable:
+        """Requests of one kind are accepted alike: those of one slot, under a grammar or not."""
+        return request.memory[0], _is_constrained(request)
 
     def known(self, request: str, position: int, tokens: np.ndarray[Any, Any]) -> Tensor:
         """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]."""
@@ -134,12 +154,15 @@ class MemoryDrafter:
         return self.runner.requests[self.runner.input_batch.req_ids[row]]
 
     def _lengths(self, sampled_token_ids: list[list[int]], tokens: np.ndarray[Any, Any]) -> list[int]:
-        """How many tokens to draft for each request: what is best by what is known, but always as many for one with a seed, which repeats."""
+        """How many tokens to draft for each request: what is best by what is known, but always as many for one with a seed, which repeats; under a grammar none for that."""
         batch = self.runner.input_batch
         limits = [self._limit(self._request(row), int(tokens[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
+        if self.adaptive:  # under a grammar a fixed number would mostly be in vain
+            limits = [0 if row in batch.generators and _is_constrained(self._request(row)) else limit for row, limit in enumerate(limits)]
         asked = [row for row, limit in enumerate(limits) if limit and self.adaptive and row not in batch.generators]
         for row in asked:
-            self.lengths.begin(batch.req_ids[row], *self._request(row).memory)
+            request = self._request(row)
+            self.lengths.begin(batch.req_ids[row], self._kind(request), request.memory[1])
         chosen = self.lengths.choose([batch.req_ids[row] for row in asked], len(limits) - len(asked)) if asked else []
         for row, length in zip(asked, chosen, strict=True):
             limits[row] = min(limits[row], length)

@@ -1,10 +1,14 @@
 """How many tokens are drafted: follows acceptance and cost; no engine."""
 
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from memdec.server.worker.draft_length import PROBE, DraftLengths
+from memdec.server.worker.drafter import MemoryDrafter, Seen
 
 
 def lengths(step: float, a_token: float, draft: float) -> DraftLengths:
@@ -111,3 +115,39 @@ def test_an_unmeasured_engine_drafts_by_its_weights() -> None:
     assert made.choose(["r"], 0)[0] >= 2
     made.keep({"s"})
     assert not made.requests
+
+
+def drafter(requests: dict[str, bool], seeded: tuple[int, ...] = ()) -> Any:
+    """A drafter whose batch has these requests, each under a grammar or not."""
+    made: Any = object.__new__(MemoryDrafter)
+    made.most, made.context, made.ended, made.seen = 6, 512, 0.0, {}
+    made.model, made.lengths = SimpleNamespace(towers=[None]), lengths(0.005, 0.0001, 0.001)
+    states = {
+        name: SimpleNamespace(
+            memory=(1, 0.6),
+            output_token_ids=[],
+            sampling_params=SimpleNamespace(structured_outputs=grammar or None, min_p=0, logit_bias=None, max_tokens=100),
+        )
+        for name, grammar in requests.items()
+    }
+    batch = SimpleNamespace(req_ids=list(requests), generators=dict.fromkeys(seeded))
+    made.runner = SimpleNamespace(requests=states, input_batch=batch, query_start_loc=SimpleNamespace(np=np.arange(len(requests) + 1)))
+    return made
+
+
+def test_what_a_grammar_drops_was_rejected() -> None:
+    """Its drafts never reach the verifier; a request without one whose drafts found no room learns nothing. Each kind expects its own."""
+    made = drafter({"json": True, "plain": False})
+    first = made._lengths([[5], [5]], np.array([10, 10]))
+    assert min(first) > 0
+    for _ in range(40):
+        made.seen = {name: Seen(10, [5] * 6, torch.zeros(6, 1)) for name in ("json", "plain")}
+        made._learn([[5], [5]])
+    under_grammar, plain = made._lengths([[5], [5]], np.array([10, 10]))
+    assert under_grammar == 0 < plain
+    assert made.lengths.usual[1, True] < 0.6 < made.lengths.usual[1, False]
+
+
+def test_seeds_under_a_grammar_draft_nothing() -> None:
+    """With a seed the number is fixed, and under a grammar any but none is mostly in vain."""
+    assert drafter({"json": True, "plain": False}, seeded=(0, 1))._lengths([[5], [5]], np.array([10, 10])) == [0, 6]

@@ -10,6 +10,8 @@ class MemdecError(Exception):
     status = 500
     type = "InternalServerError"
     param: str | None = None
+    headers: dict[str, str] | None = None
+    """What the answer's head says besides."""
 
     def to_body(self) -> dict[str, Any]:
         """The error as OpenAI's JSON object."""
@@ -64,6 +66,7 @@ class Unauthorized(RequestError):
     """The API key is missing or wrong."""
 
     status, type = 401, "AuthenticationError"
+    headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
 
 
 class Forbidden(RequestError):

@@ -4,19 +4,26 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from memdec.server.api import catalogue, completions, domain_updates
+from memdec.server.api import catalogue, completions, domain_updates, openapi, pages
+from memdec.server.api.access import Access, keep_known
 from memdec.server.api.body import require_sound
+from memdec.server.api.keys import Key
 from memdec.server.api.limits import Limits
-from memdec.server.api.middleware import AnswerCount, ApiKey, BodyLimit, FreshStepTimes, KeyConcurrency, RequestLog, RetryLater
+from memdec.server.api.middleware import AnswerCount, BodyLimit, FreshStepTimes, KeyConcurrency, RequestId, RequestLog, RetryLater
+from memdec.server.api.routed import Routed, allowed
 from memdec.server.engine import openai_layer as vllm_api
 from memdec.server.errors import MemdecError
 from memdec.server.routing.domains import Domains
+
+METHOD_NOT_ALLOWED = 405
 
 
 async def build_app(engine: Any, args: Namespace, domains: Domains, say_ready: Callable[[], None], updates: Any = None) -> FastAPI:
@@ -32,30 +39,11 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, say_ready: C
             say_ready()
             yield
 
-    app = FastAPI(title="memdec", description="Completions with domain memories", lifespan=lifespan)
+    app = assemble(engine, args, lifespan, updates)
     app.state.domains, app.state.args, app.state.limits = domains, args, limits
-    app.include_router(completions.router)
-    app.include_router(catalogue.router)
-    vllm_api.register_instrumentator_api_routers(app)  # /health, /load, /version, /metrics
-    app.include_router(vllm_api.tokenize_router, dependencies=[Depends(vllm_api.validate_json_request), Depends(require_sound)])
-
-    vllm_api.init_exception_handler(app)
-    app.exception_handler(HTTPException)(vllm_api.http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form
-    app.exception_handler(MemdecError)(error_response)
-
-    app.add_middleware(FreshStepTimes, engine=engine)
-    app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
-    vllm_api.init_entrypoints_middleware(Namespace(**{**vars(args), "api_key": None}), app, ("generate",))
-    if args.keys:
-        app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key)
-        app.add_middleware(ApiKey, keys=args.keys)
-    app.add_middleware(RetryLater)
     if updates is not None:
-        domain_updates.attach(app, updates, args.admin_key)
+        app.state.domain_updates = updates
         updates.publish = partial(_publish, app.state)
-    app.add_middleware(AnswerCount)
-    if limits.log_json:
-        app.add_middleware(RequestLog)  # last added, first run
 
     await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
     vllm_api.log_no_client_errors()
@@ -63,6 +51,54 @@ async def build_app(engine: Any, args: Namespace, domains: Domains, say_ready: C
     # Answers carry the model name that the client asked for, alias included.
     app.state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
     return app
+
+
+def assemble(engine: Any, args: Namespace, lifespan: Any = None, updates: Any = None) -> FastAPI:
+    """The app without its state: routes, errors, layers."""
+    app = FastAPI(
+        title="memdec", description="Completions with domain memories", version=version("memdec"), lifespan=lifespan,
+        openapi_url=None if args.disable_fastapi_docs else pages.OPENAPI, docs_url=None, redoc_url=None, redirect_slashes=False, responses=openapi.ERRORS,
+    )  # fmt: skip
+    app.include_router(pages.router)
+    if not args.disable_fastapi_docs:
+        app.include_router(pages.docs)
+    app.include_router(completions.router)
+    app.include_router(catalogue.router)
+    if updates is not None:
+        app.include_router(domain_updates.router)
+    vllm_api.register_instrumentator_api_routers(app)  # /health, /load, /version, /metrics
+    app.include_router(vllm_api.tokenize_router, dependencies=[Depends(vllm_api.validate_json_request), Depends(require_sound)])
+    keep_known(app.router.routes)
+    openapi.complete(app, bool(args.keys))
+
+    vllm_api.init_exception_handler(app)
+    for kind in (StarletteHTTPException, HTTPException):
+        app.exception_handler(kind)(http_error)
+    app.exception_handler(MemdecError)(error_response)
+    app.exception_handler(Exception)(unexpected_error)
+    _add_layers(app, engine, args)
+    return app
+
+
+def _add_layers(app: FastAPI, engine: Any, args: Namespace) -> None:
+    """From the innermost to the outermost: the last added runs first."""
+    limits: Limits = args.limits
+    app.add_middleware(FreshStepTimes, engine=engine)
+    app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
+    vllm_api.add_middleware(app, args)
+    if args.keys:
+        app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key)
+    app.add_middleware(Access, keys=args.keys, admin=Key.of(args.admin_key, "admin") if args.admin_key else None)
+    app.add_middleware(RetryLater)
+    app.add_middleware(RequestId)
+    app.add_middleware(AnswerCount)
+    app.add_middleware(  # outside of all that refuses: preflights end here, and a page on an allowed origin can read why it was refused
+        CORSMiddleware, allow_origins=args.allowed_origins, allow_credentials=args.allow_credentials, allow_methods=args.allowed_methods,
+        allow_headers=args.allowed_headers, expose_headers=openapi.EXPOSED if args.allowed_origins else (),
+    )  # fmt: skip
+    app.add_middleware(Routed, routes=app.router.routes)
+    if limits.log_json:
+        app.add_middleware(RequestLog)
 
 
 def _publish(state: Any, domains: Domains) -> None:
@@ -76,4 +112,22 @@ async def error_response(_: Request, error: Exception) -> JSONResponse:
     """One of our errors as an answer."""
     if not isinstance(error, MemdecError):  # what Starlette's signature allows, but never calls us with
         raise error
-    return JSONResponse(error.to_body(), status_code=error.status)
+    return JSONResponse(error.to_body(), status_code=error.status, headers=error.headers)
+
+
+async def http_error(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's and FastAPI's own errors, 404 and 405 among them, in OpenAI's form, with the headers that vLLM's handler drops."""
+    if not isinstance(error, StarletteHTTPException):
+        raise error
+    answer: JSONResponse = await vllm_api.http_exception_handler(request, error)
+    answer.headers.update(error.headers or {})
+    if error.status_code == METHOD_NOT_ALLOWED:
+        answer.headers["Allow"] = allowed(request)
+    return answer
+
+
+async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    """What nothing else takes, a 500. It is answered outside of all layers, so its id, by which the log is searched, is added here."""
+    answer: JSONResponse = await vllm_api.exception_handler(request, error)
+    answer.headers["X-Request-Id"] = getattr(request.state, "request_id", "none")
+    return answer

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from memdec.server.api.keys import Key
+from memdec.server.api.openapi import DomainEntries, DomainEntry, Model, Models, answered
 from memdec.server.errors import UnknownModel
 from memdec.server.routing.domains import Domains
 
@@ -27,7 +28,7 @@ def require_model(name: str, domains: Domains) -> None:
         raise UnknownModel(f"The model {name[:80]!r} does not exist. Valid models: {valid}.")
 
 
-@router.get("/v1/domains")
+@router.get("/v1/domains", **answered(DomainEntries))
 async def domains(request: Request) -> dict[str, Any]:
     """All domains: default lambda, revision, size, tokenizer hash, measured perplexities; and slots, if domains may change.
 
@@ -38,19 +39,19 @@ async def domains(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [d.to_json() for d in seen], **slots}
 
 
-@router.get("/v1/domains/{name}")
+@router.get("/v1/domains/{name}", **answered(DomainEntry))
 async def domain(name: str, request: Request) -> dict[str, Any]:
     """One domain."""
     return offered(request).find(name).to_json()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **answered(Models))
 async def models(request: Request) -> dict[str, Any]:
     """The base and one alias a domain."""
     return {"object": "list", "data": _cards(request)}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", **answered(Model))
 async def model(name: str, request: Request) -> dict[str, Any]:
     """One model or alias."""
     cards = {card["id"]: card for card in _cards(request)}

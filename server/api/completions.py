@@ -11,8 +11,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from memdec.server.api.body import ChatCompletion, Completion, require_sound
 from memdec.server.api.catalogue import offered, require_model
 from memdec.server.api.limits import Limits
+from memdec.server.api.openapi import with_memory
 from memdec.server.choice import RESERVED, MemoryChoice
 from memdec.server.engine.openai_layer import (
+    ChatCompletionResponse,
+    CompletionResponse,
     GenerationError,
     create_chat_completion,
     create_completion,
@@ -30,13 +33,13 @@ FAILED = 500
 CLIENT_LEFT = 499  # nobody sees it but the metrics
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", **with_memory(CompletionResponse))
 async def completions(request: Completion, raw_request: Request) -> Response:
     """OpenAI's completions, with `domain`, `lambda` and `memory` as further fields or headers."""
     return await _answer(create_completion, request, raw_request)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", **with_memory(ChatCompletionResponse))
 async def chat_completions(request: ChatCompletion, raw_request: Request) -> Response:
     """OpenAI's chat completions, with the same further fields."""
     return await _answer(create_chat_completion, request, raw_request)

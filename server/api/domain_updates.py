@@ -1,25 +1,14 @@
-"""POST /v1/domains and DELETE /v1/domains/{name}: attached only where domains may change."""
+"""POST /v1/domains and DELETE /v1/domains/{name}, for the admin: attached only where domains may change."""
 
-import hmac
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from memdec.server.api.middleware import is_admin
-from memdec.server.errors import AdminKeyNeeded
+from memdec.server.api.openapi import DomainDeleted, DomainEntry, answered
 
-
-async def require_admin(request: Request) -> None:
-    """Raise AdminKeyNeeded unless the middleware has seen the admin key."""
-    if not is_admin(request.scope):
-        raise AdminKeyNeeded("The admin key is missing or wrong. Send it as 'Authorization: Bearer KEY'.")
-
-
-router = APIRouter(dependencies=[Depends(require_admin)])
-CHANGING = ("POST", "DELETE")
+router = APIRouter()
 PATH = "/v1/domains"
 
 
@@ -33,7 +22,7 @@ class NewDomain(BaseModel):
     """Folder of the decoder on the server's machine: absolute, or relative to one of the --domain-root folders."""
 
 
-@router.post(PATH)
+@router.post(PATH, response_model=None, responses={200: {"model": DomainEntry}, 201: {"model": DomainEntry}})
 async def load(body: NewDomain, request: Request) -> JSONResponse:
     """Load a decoder under a new name, 201, or as the next revision of a domain, 200."""
     updates = request.app.state.domain_updates
@@ -41,32 +30,8 @@ async def load(body: NewDomain, request: Request) -> JSONResponse:
     return JSONResponse(domain.to_json(), status_code=201 if new else 200)
 
 
-@router.delete(f"{PATH}/{{name}}")
+@router.delete(f"{PATH}/{{name}}", **answered(DomainDeleted))
 async def unload(name: str, request: Request) -> dict[str, Any]:
     """Take no more requests for a domain; its decoder is unloaded when the last one is done."""
     await request.app.state.domain_updates.unload(name)
     return {"id": name, "object": "domain", "deleted": True}
-
-
-class AdminKey:
-    """Marks requests that change domains and carry the admin key as a bearer token; the routes want that mark, so nothing else passes."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app, self.key = app, key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at one request; the key is compared in constant time."""
-        if scope["type"] == "http":
-            scope.setdefault("state", {})["admin"] = scope["method"] in CHANGING and scope["path"].startswith(PATH) and self._known(scope)
-        await self.app(scope, receive, send)
-
-    def _known(self, scope: Scope) -> bool:
-        scheme, _, token = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return hmac.compare_digest(token.strip(), self.key) and bool(scheme.lower() == b"bearer")
-
-
-def attach(app: FastAPI, updates: Any, key: str) -> None:
-    """Add the routes, and the layer that knows the key; it must run before the one that knows the API keys."""
-    app.state.domain_updates = updates
-    app.include_router(router)
-    app.add_middleware(AdminKey, key=key)

@@ -1,55 +1,61 @@
-"""Pure ASGI layers around the app: API keys, limits, the count of answers. What they refuse has OpenAI's form."""
+"""Pure ASGI layers around the app: request ids, limits, the count of answers. What they refuse has OpenAI's form."""
 
 import asyncio
 import contextlib
 import random
+import re
 import time
-from collections.abc import Sequence
+import uuid
 from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memdec.server import metrics
-from memdec.server.api.keys import Key, find
-from memdec.server.errors import BodyTooLarge, BodyTooSlow, Forbidden, MemdecError, RequestError, TooManyRequests, Unauthorized
+from memdec.server.api.keys import Key
+from memdec.server.api.routed import route_of
+from memdec.server.errors import BodyTooLarge, BodyTooSlow, MemdecError, RequestError, TooManyRequests
 from memdec.server.logs import REQUESTS
 from memdec.server.routing.domains import NONE
 
-OPEN = ("/health",)  # paths that need no key: probes have none
-TELLS_ALL = ("/metrics", "/load")  # paths that are not for keys of some domains
+REQUEST_ID, LONGEST_ID = b"x-request-id", 256
+REQUEST_IDS = re.compile(rb"[!-~]{1,%d}" % LONGEST_ID)
 LONGEST_PATH = 200  # characters in the log
 RETRY_AFTER = (1, 4)  # seconds
 BODY_SECONDS = 60  # a client has them for all of its body; who sends slower holds a connection for nothing
-COUNTED = ("/v1/completions", "/v1/chat/completions")
+COUNTED = ("/v1/completions", "/v1/chat/completions")  # routes
 
 
-def is_admin(scope: Scope) -> bool:
-    """Whether memdec.server.api.domain_updates has found the admin key in a request that needs it."""
-    return bool(scope.get("state", {}).get("admin"))
+class RequestId:
+    """Gives every request an id, the client's own X-Request-Id or a random one, and sends it back: OpenAI's SDKs show it as `_request_id`.
 
+    vLLM's part reads the header: the answer's `id` is this one behind `cmpl-` or `chatcmpl-`, and so is what the engine logs.
+    """
 
-class ApiKey:
-    """401 unless the request carries one of the keys as a bearer token; the routes find the key in the request's state."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
-        self.app, self.keys = app, keys
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check one request; preflight requests of browsers carry no key by design."""
-        if scope["type"] != "http" or scope["path"] in OPEN or scope["method"] == "OPTIONS" or is_admin(scope):
+        """Name one request. 400 for an id that no log should hold, or two of them."""
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        key = find(self.keys, dict(scope["headers"]).get(b"authorization", b""))
-        if key is None:
-            error: RequestError = Unauthorized("The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.")
-            await _respond(error, scope, receive, send)
-        elif key.domains is not None and scope["path"] in TELLS_ALL:
-            error = Forbidden("This API key is for some domains, and this page tells of all.")
-            await _respond(error, scope, receive, send)
+        given = [value for name, value in scope["headers"] if name == REQUEST_ID]
+        wrong = len(given) > 1 or not all(REQUEST_IDS.fullmatch(value) for value in given)
+        own = uuid.uuid4().hex.encode() if wrong or not given else given[0]
+        scope = {**scope, "headers": [*(h for h in scope["headers"] if h[0] != REQUEST_ID), (REQUEST_ID, own)]}
+        scope.setdefault("state", {})["request_id"] = own.decode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, own)]
+            await send(message)
+
+        if wrong:
+            error = RequestError(f"The header X-Request-Id must be given once, with 1 to {LONGEST_ID} printable ASCII characters.")
+            await _respond(error, scope, receive, named)
         else:
-            scope.setdefault("state", {})["key"] = key
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, named)
 
 
 class KeyConcurrency:
@@ -154,7 +160,7 @@ class AnswerCount:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count one request when its answer is complete; the outermost layer, so that refusals of the others count too."""
-        if scope["type"] != "http" or scope["path"] not in COUNTED:
+        if scope["type"] != "http" or route_of(scope).path not in COUNTED:
             await self.app(scope, receive, send)
             return
         status = 500  # of errors that no handler takes: their answer is made outside of this layer
@@ -198,6 +204,7 @@ class RequestLog:
         finally:
             client, key, selection = scope.get("client"), state.get("key"), state.get("selection")
             line = {
+                "id": state.get("request_id"),
                 "client": client[0] if client else None,
                 "method": scope["method"],
                 "path": scope["path"][:LONGEST_PATH],
@@ -222,7 +229,7 @@ class FreshStepTimes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A dead engine leaves the figures as they were: what it has counted is still worth reading."""
-        if scope["type"] == "http" and scope["path"] == "/metrics":
+        if scope["type"] == "http" and route_of(scope) == ("/metrics", True):
             with contextlib.suppress(Exception):
                 metrics.STEP_SECONDS.totals = await asyncio.wait_for(self.engine.step_times(), 2)
         await self.app(scope, receive, send)

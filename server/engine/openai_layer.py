@@ -1,17 +1,21 @@
 """vLLM's OpenAI layer, under one roof: the only names that memdec.server.api takes from vLLM."""
 
 import logging
+from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion.api_router import create_completion
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
@@ -23,13 +27,17 @@ from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError,
 __all__ = [
     "BaseModelPath",
     "ChatCompletionRequest",
+    "ChatCompletionResponse",
     "CompletionRequest",
+    "CompletionResponse",
+    "ErrorResponse",
     "GenerationError",
+    "add_middleware",
     "create_chat_completion",
     "create_completion",
+    "exception_handler",
     "http_exception_handler",
     "init_app_state",
-    "init_entrypoints_middleware",
     "init_exception_handler",
     "lifespan",
     "limit_tokens",
@@ -39,6 +47,16 @@ __all__ = [
     "validate_json_request",
     "with_cancellation",
 ]
+
+
+def add_middleware(app: Starlette, args: Namespace) -> None:
+    """vLLM's layers, without its key check, its request ids and its CORS layer, in whose places ours are.
+
+    An argument of `init_entrypoints_middleware` that leaves CORS out would spare us taking it out.
+    """
+    left_out = {"api_key": [""], "enable_request_id_headers": False}  # None in the place of [""] would mean VLLM_API_KEY
+    init_entrypoints_middleware(Namespace(**{**vars(args), **left_out}), app, ("generate",))
+    app.user_middleware[:] = [layer for layer in app.user_middleware if getattr(layer, "cls", None) is not CORSMiddleware]
 
 
 def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:

@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 from memdec.decoders.retrieval import RetrievalPackage
 from memdec.server import metrics
 from memdec.server.api import catalogue, completions
-from memdec.server.api.app import error_response
+from memdec.server.api.app import error_response, http_error
 from memdec.server.api.limits import Limits
 from memdec.server.api.middleware import AnswerCount, BodyLimit, RetryLater
+from memdec.server.api.routed import Routed
 from memdec.server.engine.client import MemoryEngine
-from memdec.server.engine.openai_layer import http_exception_handler
 from memdec.server.errors import MemdecError
 from memdec.server.retrieval.rag import PassageFinder
 from memdec.server.routing.domains import Domain, Domains
@@ -37,11 +37,12 @@ class MemoryRoutes:
         """Add the routes, their errors and the layers around them."""
         app.include_router(completions.router)
         app.include_router(catalogue.router)
-        app.exception_handler(HTTPException)(http_exception_handler)  # Starlette's own 404 and 405 in OpenAI's form
+        app.exception_handler(HTTPException)(http_error)  # Starlette's own 404 and 405 in OpenAI's form
         app.exception_handler(MemdecError)(error_response)
         app.add_middleware(BodyLimit, limit=Limits().max_body_bytes)
         app.add_middleware(RetryLater)
         app.add_middleware(AnswerCount)
+        app.add_middleware(Routed, routes=app.router.routes)
 
     async def init_state(self, engine_client: Any, state: Any, _: Namespace) -> None:
         """Turn the engine's client into ours, and tell the routes what there is."""

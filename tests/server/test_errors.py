@@ -138,7 +138,14 @@ def test_content_types(http: httpx.Client) -> None:
 
 def test_paths_and_methods(http: httpx.Client) -> None:
     """What isn't there, and what can't be done with what is."""
-    for method, path in (("GET", "/nope"), ("POST", "/v1/nope"), ("GET", "/"), ("GET", "/v1"), ("POST", "/v1/embeddings"), ("GET", "/%00")):
+    for method, path in (
+        ("GET", "/nope"),
+        ("POST", "/v1/nope"),
+        ("POST", "/v1/nope/"),
+        ("GET", "/v1"),
+        ("POST", "/v1/embeddings"),
+        ("GET", "/%00"),
+    ):
         refused(http.request(method, path), 404, None)
     for method, path in (("GET", COMPLETIONS), ("DELETE", "/v1/models"), ("PUT", "/v1/domains"), ("POST", "/health"), ("PATCH", CHAT)):
         refused(http.request(method, path), 405, None)

@@ -9,6 +9,9 @@ from vllm.config.compilation import CompilationConfig
 from vllm.distributed import parallel_state
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
+from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.forward_context import create_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -190,6 +193,15 @@ def test_graphs() -> None:
     assert {"sorted_token_ids", "expert_ids", "num_tokens_post_padded", "B_bias"} <= set(
         parameters(fused_moe.invoke_fused_moe_triton_kernel)
     )
+
+
+def test_front_end_layers() -> None:
+    """Which layers vLLM adds, so that ours take the places of three; that the header names a request; that its error handler has no headers."""
+    source = inspect.getsource(init_entrypoints_middleware)
+    assert source.count("app.add_middleware(") == 6 and "CORSMiddleware," in source
+    assert "(args.api_key or [envs.VLLM_API_KEY]) if key" in source and "if args.enable_request_id_headers:" in source
+    assert 'raw_request.headers.get("X-Request-Id")' in inspect.getsource(BaseServing._base_request_id)
+    assert ".headers" not in inspect.getsource(http_exception_handler)
 
 
 def test_v2_runner() -> None:

@@ -15,8 +15,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from memdec.server.api.access import Access
 from memdec.server.api.keys import Key
-from memdec.server.api.middleware import AnswerCount, ApiKey, BodyLimit, KeyConcurrency, RetryLater
+from memdec.server.api.middleware import AnswerCount, BodyLimit, KeyConcurrency, RequestId, RetryLater
+from memdec.server.api.routed import Routed
 
 LIMIT = 1000
 KEYS = [Key.of("one", "first"), Key.of("second", "second", frozenset({"a"}))]
@@ -43,6 +45,11 @@ INNER = Starlette(
 )
 
 
+def guarded(keys: list[Key]) -> ASGIApp:
+    """The app behind its keys."""
+    return Routed(Access(INNER, keys, None), INNER.routes)
+
+
 def request(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Response:
     """One request, in process."""
 
@@ -58,29 +65,29 @@ def request(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Respo
 def test_wrong_keys(header: str | None) -> None:
     """Without one of the keys the answer is a 401 in OpenAI's form that doesn't tell the key."""
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    answer = request(ApiKey(INNER, KEYS), "POST", "/v1/completions", headers=headers)
+    answer = request(guarded(KEYS), "POST", "/v1/completions", headers=headers)
     assert "one" not in refused(answer, 401, None)
 
 
 @pytest.mark.parametrize("header", ["Bearer one", "bearer second", "Bearer  one"])
 def test_right_keys(header: str) -> None:
     """Any of the keys will do, and the scheme's case doesn't matter."""
-    answer = request(ApiKey(INNER, KEYS), "POST", "/v1/completions", headers={"Authorization": header})
+    answer = request(guarded(KEYS), "POST", "/v1/completions", headers={"Authorization": header})
     assert answer.status_code == 200
 
 
 def test_open_paths() -> None:
-    """Probes and browsers' preflight requests carry no key; unknown paths need one all the same."""
-    app = ApiKey(INNER, KEYS)
+    """Probes carry no key; what only looks like a browser's preflight request, and unknown paths, need one all the same."""
+    app = guarded(KEYS)
     assert request(app, "GET", "/health").status_code == 200
-    assert request(app, "OPTIONS", "/v1/completions").status_code == 200
+    refused(request(app, "OPTIONS", "/v1/completions"), 401)
     refused(request(app, "GET", "/health/../v1/completions"), 401)
     refused(request(app, "GET", "/nowhere"), 401)
 
 
 def test_pages_about_all_domains() -> None:
     """A key of some domains doesn't see what goes on in the others."""
-    app = ApiKey(INNER, KEYS)
+    app = guarded(KEYS)
     assert request(app, "GET", "/metrics", headers={"Authorization": "Bearer one"}).status_code == 200
     refused(request(app, "GET", "/metrics", headers={"Authorization": "Bearer second"}), 403)
 
@@ -135,6 +142,24 @@ def test_who_is_refused_is_told_when_to_come_again() -> None:
     assert "retry-after" not in asyncio.run(answer(500))
 
 
+def test_every_request_has_an_id() -> None:
+    """The client's own comes back, and is what vLLM finds in the header; else each gets another; one that no log should hold is refused."""
+
+    async def told(request: Request) -> Response:
+        return PlainTextResponse(f"{request.headers['x-request-id']} {request.state.request_id}")
+
+    app = RequestId(Starlette(routes=[Route("/", told)]))
+    for sent in ("mine", "x" * 256, "a/b=c;d"):
+        answer = request(app, "GET", "/", headers={"X-Request-Id": sent})
+        assert (answer.headers["x-request-id"], answer.text) == (sent, f"{sent} {sent}")
+    answers = [request(app, "GET", "/") for _ in range(2)]
+    assert all(a.text == f"{a.headers['x-request-id']} {a.headers['x-request-id']}" for a in answers)
+    assert len({a.text for a in answers}) == 2 and all(len(a.headers["x-request-id"]) == 32 for a in answers)
+    for wrong in ([""], ["x" * 257], ["two words"], ["é"], ["one", "two"]):
+        answer = request(app, "GET", "/", headers=[("X-Request-Id", value.encode()) for value in wrong])
+        assert "X-Request-Id" in refused(answer, 400) and len(answer.headers["x-request-id"]) == 32
+
+
 async def chunks(size: int) -> AsyncIterator[bytes]:
     """A body of this many bytes in pieces, without a content-length."""
     for start in range(0, size, 100):
@@ -182,7 +207,7 @@ def counted(status: int, mode: str = "none", domain: str = "none") -> float:
 
 def test_every_answer_is_counted() -> None:
     """By its real status: answers of the route, refusals of the layers inside, and errors that nothing handles."""
-    app = AnswerCount(ApiKey(BodyLimit(INNER, LIMIT), KEYS))
+    app = Routed(AnswerCount(Access(BodyLimit(INNER, LIMIT), KEYS, None)), INNER.routes)
     key = {"Authorization": "Bearer one"}
     before = [counted(200, "decoder", "test"), counted(401), counted(413), counted(500), counted(405)]
     request(app, "POST", "/v1/completions", headers=key)

@@ -1,0 +1,68 @@
+"""Which route a request is for: found once, from one spelling of its path and method, for all layers that ask."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+ROUTE = "route"  # where the request's state has it
+
+
+class Found(NamedTuple):
+    """The route of a request."""
+
+    path: str | None = None
+    """As it was declared, such as `/v1/models/{name:path}`; None where there is no such route."""
+    takes: bool = False
+    """Whether it takes the request's method; if not, the answer will be a 405."""
+
+
+class Routed:
+    """Reads a trailing slash as nothing and HEAD as GET, and writes the route to the request's state.
+
+    The server that sends the answer still sees HEAD in its own scope, and leaves the body out.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self.app, self.routes = app, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look at one request."""
+        if scope["type"] == "http":
+            scope.setdefault("state", {})  # layers outside of this one read it too
+            scope = {**scope, "path": _path(scope), "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+            scope["state"][ROUTE] = _found(self.routes, scope)
+        await self.app(scope, receive, send)
+
+
+def route_of(scope: Scope) -> Found:
+    """The route of a request that has passed Routed."""
+    found: Found = scope.get("state", {}).get(ROUTE, Found())
+    return found
+
+
+def allowed(request: Request) -> str:
+    """The value of `Allow`: every method that some route of the request's path takes. Starlette names those of the first route alone."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+
+
+def _path(scope: Scope) -> str:
+    """The path without trailing slashes; the root of the app keeps its one."""
+    stripped, root = scope["path"].rstrip("/"), scope.get("root_path", "").rstrip("/")
+    return f"{root}/" if stripped == root else str(stripped)
+
+
+def _found(routes: Sequence[BaseRoute], scope: Scope) -> Found:
+    """As the router finds it: the first route of that path and method, else the first of that path."""
+    matches = [(route.matches(scope)[0], getattr(route, "path", None)) for route in routes]
+    for wanted in (Match.FULL, Match.PARTIAL):
+        for match, path in matches:
+            if match is wanted:
+                return Found(path, match is Match.FULL)
+    return Found()

@@ -15,8 +15,9 @@ from memdec.decoders.errors import OptionError
 from memdec.decoders.knn_targets import KEPT, KINDS, TUNED_ON, write_targets
 from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from memdec.decoders.models import load_model
+from memdec.decoders.names import DOMAIN, DOMAIN_RULE
 from memdec.decoders.near_duplicates import Cleaned, write_near_duplicates
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, write_package
+from memdec.decoders.package import write_package
 from memdec.decoders.perplexity import measure, table
 from memdec.decoders.pretrain import DECODER, Shape
 from memdec.decoders.teacher import write_student, write_tuned
@@ -196,9 +197,6 @@ class Build:
             "versions": versions(),
         }
         return write_package(self.out, decoder, self.domain, bases, training, inputs)
-
-
-STAGES = ("near-duplicates", "tokens", "teacher", "datastore", "knn-targets", "student", "decoder", "package")
 
 
 def versions() -> dict[str, Any]:

@@ -5,7 +5,6 @@ This module is what the server needs of training: it imports neither torch model
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +15,12 @@ from memdec.decoders import parallel
 from memdec.decoders.errors import PackageError
 from memdec.decoders.files import MOST_JSON, parse_json, read_bytes, read_json, shown
 from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.names import RECORD
 from memdec.decoders.record import FORMAT, Config, Record, checked
 from memdec.decoders.tokenizer import load_tokenizer, token_map_hash
 from memdec.decoders.weights import CONFIG, Scanned, check_weights, fingerprint_model, revision_of, scan
 
-NAME = "memory_decoder.json"
 CARD = "README.md"
-DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a domain's name: safe in a header, a model alias and a metric label
-DOMAIN_RULE = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -99,12 +96,12 @@ class Package:
 
 def read_record(path: Path, within: Sequence[Path] = ()) -> Record | None:
     """`memory_decoder.json`, or None for a plain checkpoint. Raises PackageError."""
-    if not os.path.lexists(path / NAME):
+    if not os.path.lexists(path / RECORD):
         return None
-    found = read_json(path / NAME, within)
+    found = read_json(path / RECORD, within)
     if found.get("format") != FORMAT:
-        raise PackageError(f"{path / NAME}: format is {shown(found.get('format'))}, this version reads {FORMAT}")
-    return checked(Record, found, path / NAME)
+        raise PackageError(f"{path / RECORD}: format is {shown(found.get('format'))}, this version reads {FORMAT}")
+    return checked(Record, found, path / RECORD)
 
 
 def share(folder: Path) -> None:
@@ -132,8 +129,8 @@ def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], 
             "bases": bases,
             "training": training,
         }
-        checked(Record, record, out / NAME)  # or no server would take it
-        (folder / NAME).write_text(json.dumps(record, indent=1) + "\n")
+        checked(Record, record, out / RECORD)  # or no server would take it
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         (folder / CARD).write_text(model_card(record))
         share(folder)
     return out

@@ -8,7 +8,8 @@ import torch
 
 from memdec.decoders.errors import PackageError
 from memdec.decoders.models import load_model
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, NAME, Package, read_record
+from memdec.decoders.names import DOMAIN, DOMAIN_RULE, RECORD
+from memdec.decoders.package import Package, read_record
 from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.weights import check_weights
 
@@ -20,16 +21,16 @@ def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
     if base is not None and not base.is_dir():
         raise PackageError(f"--base {base}: no such folder")
     package = Package.open(path, base)
-    yield "kind", "memdec package" if read_record(path) else f"plain checkpoint (no {NAME})"
+    yield "kind", "memdec package" if read_record(path) else f"plain checkpoint (no {RECORD})"
     yield "architecture", f"{package.config['architectures'][0]}, {package.size / 1e6:,.1f} MB"
     if package.domain is not None and not DOMAIN.fullmatch(package.domain):
-        raise PackageError(f"{path / NAME}: domain is {package.domain!r}, wanted {DOMAIN_RULE}")
+        raise PackageError(f"{path / RECORD}: domain is {package.domain!r}, wanted {DOMAIN_RULE}")
     yield "domain", package.domain or "not named: the server's --decoder NAME= says it"
 
     tokenizer = load_tokenizer(path)
     found = token_map_hash(tokenizer)
     if package.tokenizer not in (None, found):
-        raise PackageError(f"{path}: its tokenizer's token map is {found}, {NAME} says {package.tokenizer}; copy the right one")
+        raise PackageError(f"{path}: its tokenizer's token map is {found}, {RECORD} says {package.tokenizer}; copy the right one")
     yield "token map", f"{found}, {len(tokenizer):,} ids"
 
     model = load_model(path)

@@ -5,20 +5,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+from memdec import flags
 from memdec.decoders.errors import DecoderError, OptionError
+from memdec.decoders.names import STAGES
 from memdec.server.errors import MemdecError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; known errors become one line on stderr and exit code 1."""
+    """Run a subcommand; known errors become one line on stderr and exit code 1. Without any, print what there is."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["serve"]:
             from memdec.server.launch.serve import run_until_done
 
             return run_until_done(words[1:])
+        if not words:
+            _parser("").print_help()
+            return 0
         return _run(words)
     except (MemdecError, DecoderError) as error:
         print(f"memdec: error: {error}", file=sys.stderr)
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    args = _parser().parse_args(words)
+    args = _parser(words[0]).parse_args(words)
     if args.command == "serve":  # only reached with `memdec serve` after options
         return main(["serve"])
     from transformers.utils import logging
@@ -116,16 +120,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    from memdec.decoders.build import STAGES
-
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser of all commands; only `command`'s own options are declared where that takes seconds of imports."""
     parser = argparse.ArgumentParser(prog="memdec", description="Domain memories for any LLM on vLLM.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="serve a base model with memory decoders: memdec serve MODEL --decoder NAME=PATH", add_help=False)
-    _add_build(commands.add_parser("build", help="train a memory decoder on a corpus, beside a base model: all the stages below"))
-    for stage in STAGES:
-        _add_build(commands.add_parser(stage, help=f"run the build up to its stage {stage}, and stop"))
-    _add_retrieval(commands.add_parser("retrieval", help="make the retrieval baselines, kNN-LM and RAG, to serve beside a decoder"))
+    builds = {"build": "train a memory decoder on a corpus, beside a base model: all the stages below"}
+    for name, text in (builds | {stage: f"run the build up to its stage {stage}, and stop" for stage in STAGES}).items():
+        build = commands.add_parser(name, help=text)
+        if name == command:
+            _add_build(build)
+    retrieval = commands.add_parser("retrieval", help="make the retrieval baselines, kNN-LM and RAG, to serve beside a decoder")
+    if command == "retrieval":
+        _add_retrieval(retrieval)
     verify = commands.add_parser("verify", help="check that a decoder package or a plain checkpoint can be served")
     verify.add_argument("path", type=Path, metavar="PATH", help="the decoder's folder")
     verify.add_argument("--base", type=Path, help="the base model it is to be served beside")
@@ -147,18 +154,11 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder of the stages' artifacts (default: OUT.work)")
 
 
-def _add_options(parser: argparse.ArgumentParser, options: Any) -> None:
-    """A flag for every field of a dataclass of options."""
-    for f in fields(options):
-        help_text = f"{f.metadata['help']} (default: {f.default})"
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=help_text)
-
-
 def _add_retrieval(parser: argparse.ArgumentParser) -> None:
     from memdec.decoders.retrieval_build import RetrievalOptions
 
     _add_source(parser)
-    _add_options(parser, RetrievalOptions)
+    flags.add(parser, RetrievalOptions)
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +168,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", type=Path, help="model that is tuned to embed the datastore (default: the base)")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="a further base to tune lambda beside; repeatable")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds of work a kill may cost (default: %(default)s)")
-    _add_options(parser, BuildOptions)
+    flags.add(parser, BuildOptions)
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:

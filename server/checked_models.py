@@ -1,7 +1,7 @@
 """From command-line paths to checked models: whatever can be refused is refused here, before any process is started."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from memdec.decoders.errors import DecoderError
 from memdec.decoders.files import read_json, shown
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package
-from memdec.decoders.package import NAME as RECORD
+from memdec.decoders.package import Package
 from memdec.decoders.record import Config, checked
 from memdec.decoders.retrieval import RetrievalPackage
 from memdec.decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from memdec.decoders.weights import CONFIG, check_weights, fingerprint_model, scan
 from memdec.server.errors import StartupError
+from memdec.server.naming import parse_named, require_folder
 from memdec.server.routing.domains import Datastore, Domain, Domains
 
 # config.json entries that may differ between decoders of one shape
@@ -57,15 +57,18 @@ class Models:
         }
 
 
-def check_models(base: str, decoders: list[str], served_name: str | None = None) -> Models:
-    """Resolve MODEL and the `--decoder NAME=PATH` values. Raises StartupError with one line that names what is wrong."""
+def check_models(base: str, decoders: Iterable[str], served_name: str | None = None, hub: Mapping[str, Any] | None = None) -> Models:
+    """Resolve MODEL and the `--decoder NAME=PATH` values. Raises StartupError with one line that names what is wrong.
+
+    `hub`: what `snapshot_download` is told besides, where a model is the id of one on the hub; a revision is the base's alone.
+    """
     try:
-        return _check(base, [parse_named("--decoder", d) for d in decoders], served_name)
+        return _check(base, [parse_named("--decoder", d) for d in decoders], served_name, hub or {})
     except DecoderError as error:
         raise StartupError(str(error)) from None
 
 
-def with_datastores(models: Models, values: list[str], skip_broken: bool) -> Models:
+def with_datastores(models: Models, values: Iterable[str], skip_broken: bool) -> Models:
     """The same with the `--datastore NAME=PATH` values checked and joined to their domains.
 
     Raises StartupError naming what is wrong; with `skip_broken`, a datastore that can't be used is told of and left out.
@@ -88,18 +91,8 @@ def with_datastores(models: Models, values: list[str], skip_broken: bool) -> Mod
     return replace(models, domains=replace(models.domains, all=domains))
 
 
-def parse_named(flag: str, text: str) -> tuple[str, str]:
-    """Split NAME=PATH."""
-    name, equals, path = text.partition("=")
-    if not equals or not path:
-        raise StartupError(f"{flag} {text}: wanted NAME=PATH")
-    if not DOMAIN.fullmatch(name):
-        raise StartupError(f"{flag} {text}: the name {name!r} must be {DOMAIN_RULE}")
-    return name, path
-
-
-def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) -> Models:
-    folder = resolve(base)
+def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None, hub: Mapping[str, Any]) -> Models:
+    folder, beside = resolve(base, hub), {name: value for name, value in hub.items() if name != "revision"}
     config = read_json(folder / CONFIG)
     architecture = checked(Config, config, folder / CONFIG).architectures[0]
     check_weights(folder)
@@ -110,7 +103,7 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None) 
         scan(folder, quantised="quantization_config" in config)
     tokenizer = load_tokenizer(folder)
     token_hash = token_map_hash(tokenizer)
-    opened = [(name, open_decoder(name, resolve(path), lambda: fingerprint_model(folder), tokenizer)) for name, path in decoders]
+    opened = [(name, open_decoder(name, resolve(path, beside), lambda: fingerprint_model(folder), tokenizer)) for name, path in decoders]
     limits = [positions(folder), *(positions(package.path) for _, package in opened)]
     require_one_shape(opened)
     domains = tuple(domain_of(name, package, token_hash) for name, package in opened)
@@ -139,35 +132,15 @@ def domain_of(name: str, package: Package, token_hash: str) -> Domain:
     return Domain(name, str(p.path), p.lam, p.tuned, p.revision, p.size, token_hash, p.perplexity)
 
 
-def packages_in(folders: list[str]) -> list[str]:
-    """NAME=PATH for every decoder package in these folders, named like its own folder. Raises StartupError if a folder has none.
-
-    Folders without `memory_decoder.json`, such as a base model's, and hidden ones are none.
-    """
-    found = []
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise StartupError(f"--decoder-dir {folder}: no such folder")
-        here = sorted(p.parent for p in Path(folder).glob(f"*/{RECORD}") if not p.parent.name.startswith("."))
-        if not here:
-            raise StartupError(f"--decoder-dir {folder}: no folder in it has a {RECORD}; memdec build makes such packages")
-        for path in here:
-            if not DOMAIN.fullmatch(path.name):
-                raise StartupError(f"--decoder-dir {folder}: the name {path.name!r} must be {DOMAIN_RULE}")
-        found += [f"{path.name}={path.resolve()}" for path in here]
-    return found
-
-
-def resolve(model: str) -> Path:
+def resolve(model: str, hub: Mapping[str, Any]) -> Path:
     """A local folder as it is; anything else is a hub id and is fetched into the hub's cache."""
     if Path(model).is_dir():
         return Path(model).resolve()
-    if Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise StartupError(f"{model}: no such folder")
+    require_folder(model)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], **hub))
     except Exception as error:  # the hub raises many kinds here
         raise StartupError(f"{model}: neither a folder nor a model that the hub gives ({first_line(error)})") from None
 

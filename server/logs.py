@@ -2,7 +2,6 @@
 
 import logging
 from logging.config import dictConfig
-from typing import Any
 
 FIELDS = "%(asctime)s %(levelname)s %(name)s %(processName)s %(process)d %(message)s"  # those of vLLM's own JSON format
 MEMDEC = logging.getLogger("memdec")
@@ -22,8 +21,3 @@ def write_json() -> None:
         }
     )
     logging.captureWarnings(True)
-
-
-def uvicorn_options(log_json: bool, access: bool) -> dict[str, Any]:
-    """What uvicorn is told: to leave the JSON log as it is, whose line a request says more than uvicorn's."""
-    return {"access_log": False, "log_config": None} if log_json else {"access_log": access}

@@ -16,7 +16,9 @@ from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
 from memdec.server.api.app import assemble
 from memdec.server.api.keys import Key
-from memdec.server.api.limits import Limits
+from memdec.server.api.settings import Settings
+from memdec.server.engine.settings import UpdateOptions
+from memdec.server.launch.assembly import web_of
 
 ADMIN = "sk-admin"
 
@@ -36,9 +38,11 @@ class Engine:
 def assembled(keys: Sequence[Key] = (), updates: bool = True, marked: bool = True, **options: Any) -> Iterator[tuple[FastAPI, Engine]]:
     """The app, with options of vLLM's front end, and its engine; its HTTP metrics, which a registry takes once, go with it."""
     known, engine = set(REGISTRY._collector_to_names), Engine()
-    args = Namespace(**{**vars(FrontendArgs()), **options, "keys": tuple(keys), "admin_key": ADMIN, "limits": Limits()})
-    app = assemble(engine, args, updates=updates or None)
-    app.state.args = args
+    args = Namespace(**{**vars(FrontendArgs()), **options})
+    nothing: Any = None  # what there is to serve is not asked for
+    settings = Settings(nothing, keys=tuple(keys), updates=UpdateOptions(1, (), ADMIN) if updates else None)
+    app = assemble(settings, web_of(args))
+    app.state.args, app.state.engine_client = args, engine
     for route in app.routes if marked else ():
         assert isinstance(route, Route)
         route.app = _mark(route)

@@ -1,8 +1,5 @@
 """The FastAPI app: which routes, which errors, which middleware, in one place."""
 
-from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -12,13 +9,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from memdec.server.api import catalogue, completions, domain_updates, openapi, pages
+from memdec.server.api import catalogue, completions, domain_updates, metrics_page, openapi, pages
 from memdec.server.api.access import Access, keep_known
 from memdec.server.api.body import require_sound
 from memdec.server.api.keys import Key
-from memdec.server.api.limits import Limits
 from memdec.server.api.middleware import AnswerCount, BodyLimit, FreshStepTimes, KeyConcurrency, RequestId, RequestLog, RetryLater
 from memdec.server.api.routed import Routed, allowed
+from memdec.server.api.settings import Settings, Web
 from memdec.server.engine import openai_layer as vllm_api
 from memdec.server.errors import MemdecError
 from memdec.server.routing.domains import Domains
@@ -26,79 +23,71 @@ from memdec.server.routing.domains import Domains
 METHOD_NOT_ALLOWED = 405
 
 
-async def build_app(engine: Any, args: Namespace, domains: Domains, say_ready: Callable[[], None], updates: Any = None) -> FastAPI:
-    """Build the app around a running engine. `say_ready` is called once, when requests are taken.
-
-    `updates` is the memdec.server.engine.domain_updates.DomainUpdates of a server whose domains may change.
-    """
-    limits: Limits = args.limits
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with vllm_api.lifespan(app):
-            say_ready()
-            yield
-
-    app = assemble(engine, args, lifespan, updates)
-    app.state.domains, app.state.args, app.state.limits = domains, args, limits
-    if updates is not None:
-        app.state.domain_updates = updates
-        updates.publish = partial(_publish, app.state)
-
-    await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-    vllm_api.log_no_client_errors()
-    vllm_api.limit_tokens(app.state, limits.max_prompt_tokens, limits.max_output_tokens)
-    # Answers carry the model name that the client asked for, alias included.
-    app.state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
-    return app
-
-
-def assemble(engine: Any, args: Namespace, lifespan: Any = None, updates: Any = None) -> FastAPI:
+def assemble(settings: Settings, web: Web, lifespan: Any = None) -> FastAPI:
     """The app without its state: routes, errors, layers."""
     app = FastAPI(
-        title="memdec", description="Completions with domain memories", version=version("memdec"), lifespan=lifespan,
-        openapi_url=None if args.disable_fastapi_docs else pages.OPENAPI, docs_url=None, redoc_url=None, redirect_slashes=False, responses=openapi.ERRORS,
+        title="memdec", description="Completions with domain memories", version=version("memdec"), lifespan=lifespan, root_path=web.root_path,
+        openapi_url=pages.OPENAPI if web.docs else None, docs_url=None, redoc_url=None, redirect_slashes=False, responses=openapi.ERRORS,
     )  # fmt: skip
     app.include_router(pages.router)
-    if not args.disable_fastapi_docs:
+    if web.docs:
         app.include_router(pages.docs)
     app.include_router(completions.router)
     app.include_router(catalogue.router)
-    if updates is not None:
+    if settings.updates is not None:
         app.include_router(domain_updates.router)
+    metrics_page.attach(app)
     vllm_api.register_instrumentator_api_routers(app)  # /health, /load, /version, /metrics
     app.include_router(vllm_api.tokenize_router, dependencies=[Depends(vllm_api.validate_json_request), Depends(require_sound)])
     keep_known(app.router.routes)
-    openapi.complete(app, bool(args.keys))
+    openapi.complete(app, bool(settings.keys))
 
     vllm_api.init_exception_handler(app)
     for kind in (StarletteHTTPException, HTTPException):
         app.exception_handler(kind)(http_error)
     app.exception_handler(MemdecError)(error_response)
     app.exception_handler(Exception)(unexpected_error)
-    _add_layers(app, engine, args)
+    _add_layers(app, settings, web)
     return app
 
 
-def _add_layers(app: FastAPI, engine: Any, args: Namespace) -> None:
+def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
     """From the innermost to the outermost: the last added runs first."""
-    limits: Limits = args.limits
-    app.add_middleware(FreshStepTimes, engine=engine)
+    limits = settings.limits
+    app.add_middleware(FreshStepTimes)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
-    vllm_api.add_middleware(app, args)
-    if args.keys:
+    web.add_vllms_layers(app)
+    if settings.keys:
         app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key)
-    app.add_middleware(Access, keys=args.keys, admin=Key.of(args.admin_key, "admin") if args.admin_key else None)
+    app.add_middleware(
+        Access, keys=settings.keys, admin=Key.of(settings.updates.admin_key, "admin") if settings.updates is not None else None
+    )
     app.add_middleware(RetryLater)
     app.add_middleware(RequestId)
     app.add_middleware(AnswerCount)
     app.add_middleware(  # outside of all that refuses: preflights end here, and a page on an allowed origin can read why it was refused
-        CORSMiddleware, allow_origins=args.allowed_origins, allow_credentials=args.allow_credentials, allow_methods=args.allowed_methods,
-        allow_headers=args.allowed_headers, expose_headers=openapi.EXPOSED if args.allowed_origins else (),
+        CORSMiddleware, allow_origins=web.origins, allow_credentials=web.credentials, allow_methods=web.methods,
+        allow_headers=web.headers, expose_headers=openapi.EXPOSED if web.origins else (),
     )  # fmt: skip
     app.add_middleware(Routed, routes=app.router.routes)
     if limits.log_json:
         app.add_middleware(RequestLog)
+
+
+def inform(state: Any, settings: Settings, updates: Any = None) -> None:
+    """Tell the app's state, in which vLLM's serving objects are by now, what there is to serve and within which limits.
+
+    `updates` is the memdec.server.engine.domain_updates.DomainUpdates of a server whose domains may change.
+    """
+    domains, limits = settings.models.domains, settings.limits
+    state.domains, state.limits = domains, limits
+    if updates is not None:
+        state.domain_updates = updates
+        updates.publish = partial(_publish, state)
+    vllm_api.log_no_client_errors()
+    vllm_api.limit_tokens(state, limits.max_prompt_tokens, limits.max_output_tokens)
+    # Answers carry the model name that the client asked for, alias included.
+    state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
 
 
 def _publish(state: Any, domains: Domains) -> None:

@@ -6,7 +6,6 @@ import random
 import re
 import time
 import uuid
-from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -224,14 +223,14 @@ class RequestLog:
 class FreshStepTimes:
     """Asks the engine for the time its steps have taken, before each scrape."""
 
-    def __init__(self, app: ASGIApp, engine: Any) -> None:
-        self.app, self.engine = app, engine
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A dead engine leaves the figures as they were: what it has counted is still worth reading."""
         if scope["type"] == "http" and route_of(scope) == ("/metrics", True):
             with contextlib.suppress(Exception):
-                metrics.STEP_SECONDS.totals = await asyncio.wait_for(self.engine.step_times(), 2)
+                metrics.STEP_SECONDS.totals = await asyncio.wait_for(scope["app"].state.engine_client.step_times(), 2)
         await self.app(scope, receive, send)
 
 

@@ -7,64 +7,24 @@ request is given its slot when it enters the engine and keeps it, so a slot is e
 
 import asyncio
 import contextlib
-import os
-from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from memdec.decoders.errors import DecoderError
-from memdec.decoders.package import DOMAIN, DOMAIN_RULE, Package
+from memdec.decoders.names import DOMAIN, DOMAIN_RULE
+from memdec.decoders.package import Package
 from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.weights import fingerprint_model
 from memdec.server import metrics
 from memdec.server.checked_models import Models, domain_of, open_decoder, require_one_shape
+from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
-from memdec.server.model.packing import MAX_SLOT
 from memdec.server.routing.domains import DECODER, NONE, Domain, Domains
 
 PIECE = 16 << 20  # bytes of weights that are worked on between two steps
 POLL = 0.05  # seconds between two looks at whether a slot is free
-ADMIN_KEY = "MEMDEC_ADMIN_KEY"
-
-
-@dataclass(frozen=True)
-class UpdateOptions:
-    """What the command line says about domains at run time."""
-
-    slots: int
-    roots: tuple[Path, ...]
-    """Folders that decoders may be loaded from, symbolic links resolved."""
-
-    @classmethod
-    def of(cls, args: Namespace, models: Models) -> "UpdateOptions | None":
-        """None if domains may not change. Raises StartupError where options contradict each other."""
-        if not args.enable_domain_updates:
-            for option, value in (
-                ("--max-decoders", args.max_decoders),
-                ("--domain-root", args.domain_root),
-                ("--admin-key", args.admin_key),
-            ):
-                if value:
-                    raise StartupError(f"{option}: has no meaning without --enable-domain-updates")
-            return None
-        args.admin_key = args.admin_key or os.environ.get(ADMIN_KEY)
-        if not args.admin_key:
-            raise StartupError(f"--enable-domain-updates: wanted an admin key too, in {ADMIN_KEY} or --admin-key")
-        loaded = len(models.domains.all)
-        if not loaded:
-            raise StartupError("--enable-domain-updates: wanted at least one --decoder, whose architecture and shape the others share")
-        roots = args.domain_root or args.decoder_dir
-        if not roots:
-            raise StartupError("--enable-domain-updates: wanted at least one --domain-root, a folder that decoders may be loaded from")
-        for root in roots:
-            if not Path(root).is_dir():
-                raise StartupError(f"--domain-root {root}: no such folder")
-        slots = loaded + 1 if args.max_decoders is None else args.max_decoders
-        if not loaded <= slots <= MAX_SLOT - loaded:
-            raise StartupError(f"--max-decoders {slots}: wanted {loaded}, the number of decoders given, or more")
-        return cls(slots, tuple(Path(root).resolve() for root in roots))
 
 
 class DomainUpdates:

@@ -1,62 +1,49 @@
-"""Entry point `vllm.endpoint_plugins`: our routes in vLLM's own server, in the place of its routes of the same paths.
+"""Entry point `vllm.endpoint_plugins`: our app inside vLLM's own server, in the place of vLLM's.
 
 For what only vLLM's launcher does, such as several API server processes. `memdec serve … --print-vllm` prints the command; vLLM loads the plugin only
 where VLLM_PLUGINS names it. Each API server process has its own engine client, which becomes a MemoryEngine here.
 """
 
 from argparse import Namespace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
-import vllm
+import uvicorn.protocols.http.auto
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
 
-from memdec.decoders.retrieval import RetrievalPackage
-from memdec.server import metrics
-from memdec.server.api import catalogue, completions
-from memdec.server.api.app import error_response, http_error
-from memdec.server.api.limits import Limits
-from memdec.server.api.middleware import AnswerCount, BodyLimit, RetryLater
-from memdec.server.api.routed import Routed
+from memdec.server import logs
+from memdec.server.api.app import inform
+from memdec.server.api.protocol import BoundedHttp
+from memdec.server.api.settings import Settings
 from memdec.server.engine.client import MemoryEngine
-from memdec.server.errors import MemdecError
-from memdec.server.retrieval.rag import PassageFinder
-from memdec.server.routing.domains import Domain, Domains
+from memdec.server.launch.assembly import app_of, equip
+from memdec.server.launch.vllm_command import require_one_process, settings_of
 
 
 class MemoryRoutes:
-    """What vLLM asks of an endpoint plugin."""
+    """What vLLM asks of an endpoint plugin; one is made for each app."""
 
     name = "memdec_routes"
     required_tasks = ("generate",)
+    vllms: FastAPI
+    settings: Settings
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, their errors and the layers around them."""
-        app.include_router(completions.router)
-        app.include_router(catalogue.router)
-        app.exception_handler(HTTPException)(http_error)  # Starlette's own 404 and 405 in OpenAI's form
-        app.exception_handler(MemdecError)(error_response)
-        app.add_middleware(BodyLimit, limit=Limits().max_body_bytes)
-        app.add_middleware(RetryLater)
-        app.add_middleware(AnswerCount)
-        app.add_middleware(Routed, routes=app.router.routes)
+        """Read our options, or end here: none of vLLM's routes is to be served without them."""
+        self.vllms, self.settings = app, settings_of(app.state.args)
+        require_one_process(self.settings, app.state.args.api_server_count or 1)
+        if self.settings.limits.log_json:
+            logs.write_json()
 
-    async def init_state(self, engine_client: Any, state: Any, _: Namespace) -> None:
-        """Turn the engine's client into ours, and tell the routes what there is."""
-        served = engine_client.vllm_config.model_config.hf_config.memory_decoder["served"]
-        domains = Domains(served["base"], tuple(Domain.of(told) for told in served["domains"]))
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Turn the engine's client into ours, and let all requests go to the app that `memdec serve` would serve.
+
+        vLLM's launcher serves the app that it has built. A hook that returns another would spare us taking its stack's place, and one for
+        uvicorn's options the last line.
+        """
         engine_client.__class__ = MemoryEngine
         engine_client.equip()
-        stores = {d.name: d.datastore for d in domains if d.datastore is not None}
-        engine_client.finders = {
-            name: PassageFinder.open(RetrievalPackage.read(Path(store.path)), engine_client.renderer.tokenizer)
-            for name, store in stores.items()
-        }
-        metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, domains.base).set(1)
-        for domain in domains:
-            metrics.DOMAIN.labels(domain.name, domain.revision).set(1)
-        state.domains, state.limits = domains, Limits()
-        state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
+        inform(state, self.settings, equip(engine_client, self.settings))
+        ours = app_of(args, self.settings, say_ready=lambda: None)
+        ours.state = self.vllms.state
+        self.vllms.middleware_stack = ours
+        uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedHttp  # type: ignore[assignment, misc]

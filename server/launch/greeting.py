@@ -8,10 +8,7 @@ from memdec.server.routing.domains import Domains
 
 def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> str:
     """Where the server listens, what it serves, and a curl to paste."""
-    scheme = "https" if args.ssl_certfile else "http"
-    everywhere = (None, "", "0.0.0.0", "::")  # noqa: S104
-    host = args.host if args.host not in everywhere else "127.0.0.1"
-    url = f"{scheme}://{host}:{args.port}"
+    url, option = address(args)
     names = (
         ", ".join(
             f"{d.name} (lambda {d.lam:g}{'' if d.tuned else ', not tuned beside this base'}{'; knn, rag' if d.datastore else ''})"
@@ -25,9 +22,19 @@ def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> st
         f"  base:    {domains.base}\n"
         f"  domains: {names}\n"
         f"  context: {context} tokens\n"
-        f"  try:     curl {url}/v1/completions -H 'Content-Type: application/json'{header} "
+        f"  try:     curl {option}{url}/v1/completions -H 'Content-Type: application/json'{header} "
         f"""-d '{{"model": "{domains.base}", "prompt": "The results show that", "max_tokens": 40, "temperature": 0}}'\n"""
     )
+
+
+def address(args: Namespace) -> tuple[str, str]:
+    """The URL that reaches the server from this machine, and the option that curl needs for it."""
+    scheme = "https" if args.ssl_certfile else "http"
+    if args.uds:
+        return f"{scheme}://localhost", f"--unix-socket {args.uds} "
+    everywhere = (None, "", "0.0.0.0", "::")  # noqa: S104
+    host = args.host if args.host not in everywhere else "127.0.0.1"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}", ""
 
 
 def say(text: str, log_json: bool) -> None:

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 from vllm import LLM, SamplingParams
 
 from memdec.server.choice import MemoryChoice
-from memdec.server.launch.options import worker_class
+from memdec.server.launch.vllm_arguments import worker_class
 from memdec.server.routing.domains import DECODER
 from memdec.server.worker.draft_length import drafting
 

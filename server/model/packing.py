@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 TAIL = 6
-MAX_SLOT = (1 << 16) - 1
 
 
 def tail(slots: Tensor, lams: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from memdec.decoders.errors import PackageError
-from memdec.decoders.package import NAME, Package
+from memdec.decoders.names import RECORD
+from memdec.decoders.package import Package
 from memdec.decoders.weights import fingerprint_model, scan
 
 ROWS = 600  # 4.8 MB: the places that were sampled of old, 16 times 64 KiB, were a fifth of it
@@ -82,7 +83,9 @@ def test_digests_are_what_sha256sum_prints(model: Path) -> None:
 def test_figures_are_found_by_the_bases_hash(model: Path, tmp_path: Path) -> None:
     """A base of other weights has other figures, or none."""
     base = Path(shutil.copytree(model, tmp_path / "base"))
-    (model / NAME).write_text(json.dumps({"format": 1, "lambda": 0.3, "bases": {fingerprint_model(base): {"lambda": 0.7, "mixture": 9.5}}}))
+    (model / RECORD).write_text(
+        json.dumps({"format": 1, "lambda": 0.3, "bases": {fingerprint_model(base): {"lambda": 0.7, "mixture": 9.5}}})
+    )
     beside = Package.open(model, base)
     assert (beside.lam, beside.tuned, beside.perplexity) == (0.7, True, {"lambda": 0.7, "mixture": 9.5})
     weights = load_file(base / "model.safetensors")

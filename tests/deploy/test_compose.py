@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from memdec.server.launch.options import SHUTDOWN_TIMEOUT
+from memdec.server.launch.vllm_arguments import SHUTDOWN_TIMEOUT
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]

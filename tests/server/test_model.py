@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from memdec.server.choice import MAX_SLOT
 from memdec.server.model.mixing import mix
-from memdec.server.model.packing import MAX_SLOT, TAIL, pack, tail, unpack
+from memdec.server.model.packing import TAIL, pack, tail, unpack
 from memdec.server.model.routing import RowChoice, StepRouting, positions_by_slot
 
 CPU = torch.device("cpu")

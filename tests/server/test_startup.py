@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from memdec.server.checked_models import check_models, parse_named
+from memdec.server.checked_models import check_models
 from memdec.server.errors import StartupError
+from memdec.server.naming import parse_named
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from memdec.decoders.models import load_model
 from memdec.decoders.tokenizer import TRUST, load_tokenizer
 from memdec.server.checked_models import check_models
 from memdec.server.errors import StartupError
-from memdec.server.launch.options import require_safe_loading
+from memdec.server.launch.vllm_arguments import require_safe_loading
 
 
 class Bomb:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Server
 
-from memdec.server.launch.options import SPINS, wait_briefly
+from memdec.server.launch.environment import SPINS, wait_briefly
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 

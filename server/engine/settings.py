@@ -1,0 +1,16 @@
+"""What the engine's parts are told at the start, in a file that imports nothing heavy."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How domains may change while the server runs."""
+
+    slots: int
+    """Decoders that may be loaded at once."""
+    roots: tuple[Path, ...]
+    """Folders that decoders may be loaded from, symbolic links resolved."""
+    admin_key: str = field(default="", repr=False)
+    """The key that changes them."""

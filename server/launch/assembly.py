@@ -1,0 +1,67 @@
+"""Engine and app put together, for `memdec serve` and for vLLM's own server alike: what either has, the other has too."""
+
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from fastapi import FastAPI
+
+from memdec.decoders.retrieval import RetrievalPackage
+from memdec.decoders.tokenizer import load_tokenizer
+from memdec.server import metrics
+from memdec.server.api.app import assemble, inform
+from memdec.server.api.settings import Settings, Web
+from memdec.server.engine import openai_layer as vllm_api
+from memdec.server.engine.domain_updates import DomainUpdates
+from memdec.server.engine.shadows import Shadows, baselines_of
+from memdec.server.retrieval.rag import PassageFinder
+
+
+def equip(engine: Any, settings: Settings) -> DomainUpdates | None:
+    """Give a MemoryEngine its passages, its replays and its metrics' labels; returns what changes its domains, if they may change."""
+    models = settings.models
+    metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
+    for domain in models.domains:
+        metrics.DOMAIN.labels(domain.name, domain.revision).set(1)
+    stores = {d.name: d.datastore for d in models.domains if d.datastore is not None}
+    tokenizer = load_tokenizer(models.base) if stores else None
+    engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}
+    if settings.baseline_sample_rate:
+        baselines = baselines_of({name: store.lam for name, store in stores.items()}, models.domains.names)
+        engine.shadows = Shadows(engine, settings.baseline_sample_rate, baselines)
+    return DomainUpdates(engine, models, settings.updates) if settings.updates is not None else None
+
+
+def app_of(args: Namespace, settings: Settings, say_ready: Callable[[], None]) -> FastAPI:
+    """The app, without its state. `args` are vLLM's; `say_ready` is called once, when requests are taken."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with vllm_api.lifespan(app):
+            say_ready()
+            yield
+
+    return assemble(settings, web_of(args), lifespan)
+
+
+def web_of(args: Namespace) -> Web:
+    """What vLLM's arguments say of the app."""
+    return Web(
+        partial(vllm_api.add_middleware, args=args), not args.disable_fastapi_docs, args.root_path or "",
+        tuple(args.allowed_origins), args.allow_credentials, tuple(args.allowed_methods), tuple(args.allowed_headers),
+    )  # fmt: skip
+
+
+async def app_around(engine: Any, args: Namespace, settings: Settings, say_ready: Callable[[], None]) -> FastAPI:
+    """The app of `memdec serve`, around a running engine."""
+    updates = equip(engine, settings)
+    app = app_of(args, settings, say_ready)
+    await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+    inform(app.state, settings, updates)
+    return app

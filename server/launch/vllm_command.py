@@ -1,0 +1,101 @@
+"""`--print-vllm`: the command with which vLLM's own launcher serves the same, our options included."""
+
+import json
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from memdec import flags
+from memdec.server.api.settings import Settings
+from memdec.server.checked_models import Models
+from memdec.server.errors import StartupError
+from memdec.server.launch.options import ADMIN_KEY, CommandLine, Options, check, parse
+from memdec.server.routing.domains import Domain, Domains
+
+PLUGINS = "VLLM_PLUGINS=memdec,memdec_routes VLLM_USE_V2_MODEL_RUNNER=0"
+
+
+def vllm_command(args: Namespace, line: CommandLine, settings: Settings) -> str:
+    """The command line; secrets are in it only where vLLM's own option holds them. Raises StartupError for what it can't carry."""
+    if not settings.models.domains.all:
+        raise StartupError("--print-vllm: wanted at least one --decoder; without any, vLLM's own server is the same")
+    if line.options.admin_key:
+        raise StartupError(f"--print-vllm: --admin-key would be there for all to read; put it into {ADMIN_KEY} where the command runs")
+    require_one_process(settings, args.api_server_count or 1)
+    theirs = list(line.words)
+    theirs.remove(args.model_tag)
+    options = {option: value for option, value in _filled(args, settings).items() if value is not None and option not in line.given}
+    added = [word for option, value in options.items() for word in ([option] if value is True else [option, str(value)])]
+    if line.api_keys:
+        added += ["--api-key", *line.api_keys]
+    overrides = json.dumps({**args.hf_overrides, "memory_decoder": carried(args.hf_overrides["memory_decoder"], line, settings)})
+    command = ["vllm", "serve", args.model, *theirs, "--served-model-name", *args.served_model_name, *added, "--hf-overrides", overrides]
+    return f"{PLUGINS} {shlex.join(command)}"
+
+
+def _filled(args: Namespace, settings: Settings) -> dict[str, Any]:
+    """What was filled in, as options."""
+    json_log = settings.limits.log_json
+    return {
+        "--max-model-len": args.max_model_len,
+        "--worker-cls": args.worker_cls,
+        "--load-format": args.load_format,
+        "--host": args.host,
+        "--shutdown-timeout": args.shutdown_timeout,
+        "--max-num-queued-reqs": args.max_num_queued_reqs,
+        "--structured-outputs-config.backend": args.structured_outputs_config.backend,
+        "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,
+        "--scheduling-policy": args.scheduling_policy if settings.baseline_sample_rate else None,
+        "--speculative-config": json.dumps(args.speculative_config) if args.speculative_config else None,
+        "--scheduler-cls": args.scheduler_cls if args.speculative_config else None,
+        "--logging-config": json.dumps({"formatter": "json"}) if json_log else None,
+        "--disable-uvicorn-access-log": json_log or None,  # ours says more
+    }
+
+
+def carried(composite: dict[str, Any], line: CommandLine, settings: Settings) -> dict[str, Any]:
+    """The composite's configuration with our options in it: they can't be lost on the way without losing the decoders too."""
+    updates = settings.updates
+    ours = Options(
+        baseline_sample_rate=settings.baseline_sample_rate,
+        enable_domain_updates=updates is not None,
+        max_decoders=updates.slots if updates is not None else None,
+        domain_root=updates.roots if updates is not None else (),
+    )
+    return {**composite, "served": {**composite["served"], "options": [*flags.words(ours), *flags.words(line.limits)]}}
+
+
+def settings_of(args: Namespace) -> Settings:
+    """What `carried` said, in a server of vLLM's. Raises StartupError as the command line itself would."""
+    if "memory_decoder" not in (args.hf_overrides or {}):
+        raise StartupError(
+            "memdec_routes: wanted the command that memdec serve --print-vllm prints; there is no memory_decoder in --hf-overrides"
+        )
+    composite = args.hf_overrides["memory_decoder"]
+    served = composite["served"]
+    domains = Domains(served["base"], tuple(Domain.of(told) for told in served["domains"]))
+    words = [*served.get("options", ()), *(["--api-key", *args.api_key] if args.api_key else [])]
+    line = parse(words)
+    checked = check(line, domains.names)
+    models = Models(
+        Path(args.model),
+        composite["base_architecture"],
+        domains,
+        args.max_model_len,
+        checked.updates.slots if checked.updates is not None else 0,
+    )
+    return Settings(models, line.limits, checked.keys, checked.updates, line.options.baseline_sample_rate)
+
+
+def require_one_process(settings: Settings, count: int) -> None:
+    """Raise StartupError for options whose state is one process's, where there are several API servers."""
+    if count == 1:
+        return
+    for option, given in (
+        ("--enable-domain-updates", settings.updates is not None),
+        ("--max-concurrent-per-key", settings.limits.max_concurrent_per_key is not None),
+        ("concurrent= in --api-key-file", any(key.concurrent is not None for key in settings.keys)),
+    ):
+        if given:
+            raise StartupError(f"{option}: wanted --api-server-count 1; each process would know of its own requests alone")

@@ -70,7 +70,7 @@ HONOURED = frozenset(
 def refuse_without_effect(given: Collection[str], decoders: bool) -> None:
     """Raise StartupError for an option that would have no effect, or the wrong one.
 
-    `given`: names of the options that were given, as `--root-path`; `decoders`: whether there are any.
+    `given`: names of the options that were given, as `--uds`; `decoders`: whether there are any.
     """
     refused = REFUSED | REFUSED_OF_THE_ENGINE | (REFUSED_WITH_DECODERS if decoders else {})
     for name, why in refused.items():

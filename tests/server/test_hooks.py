@@ -4,6 +4,7 @@ import inspect
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+from starlette.applications import Starlette
 from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.config.compilation import CompilationConfig
 from vllm.distributed import parallel_state
@@ -139,6 +140,7 @@ def test_domain_updates_and_replicas() -> None:
     source = inspect.getsource(OpenAIServingModels.__init__)
     assert "self.base_model_paths = base_model_paths" in source and "base_model_paths=base_model_paths" in source, "one list"
     assert "return _TP" in inspect.getsource(parallel_state.get_tp_group)
+    assert "await self.middleware_stack(scope, receive, send)" in inspect.getsource(Starlette.__call__), "its stack is ours, in the plugin"
     assert {"attach_router", "init_state", "name", "required_tasks"} <= set(dir(EndpointPlugin)) | set(EndpointPlugin.__annotations__)
 
 

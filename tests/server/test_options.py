@@ -1,5 +1,7 @@
 """The command line: one field one option, refused early, read from files too, and carried whole to vLLM's own launcher."""
 
+import asyncio
+import json
 import shlex
 import subprocess
 import sys
@@ -7,15 +9,18 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from assembled import ask, assembled
 
 from memdec import cli, flags
 from memdec.flags import flag
+from memdec.server.api.keys import Key
 from memdec.server.api.limits import Limits
 from memdec.server.api.settings import Settings
 from memdec.server.errors import StartupError
-from memdec.server.launch import greeting
+from memdec.server.launch import greeting, running
 from memdec.server.launch.front_end import HONOURED, REFUSED, REFUSED_OF_THE_ENGINE, REFUSED_WITH_DECODERS, refuse_without_effect
 from memdec.server.launch.options import ADMIN_KEY, OURS, CommandLine, check, parse
 from memdec.server.launch.serve import settle
@@ -247,7 +252,6 @@ def test_all_options_of_vllms_front_end() -> None:
         (["--baseline-sample-rate", "0.5", "--scheduling-policy", "fcfs"], "--scheduling-policy"),
         (["--scheduler-cls", "x.Y"], "--scheduler-cls"),
         (["--api-server-count", "2"], "--api-server-count 2"),
-        (["--root-path", "x", "--lora-modules", "a=b"], "--lora-modules"),
         (["--no-enable-flash-late-interaction"], "--no-enable-flash-late-interaction"),
         (["--enable-log-outputs"], "--enable-log-outputs requires --enable-log-requests"),
     ],
@@ -266,3 +270,43 @@ def test_the_greeting_says_where_the_server_is() -> None:
     assert greeting.address(where) == ("http://127.0.0.1:8000", "")
     where.uds = "/run/memdec"
     assert greeting.address(where) == ("http://localhost", "--unix-socket /run/memdec ")
+
+
+def test_a_prefix_changes_nothing_but_paths() -> None:
+    """With --root-path, a request may have the prefix or not: the same key opens the same routes, and the description names it."""
+    keys = [Key.of("all", "all"), Key.of("some", "some", frozenset("a"))]
+    with assembled(keys, updates=False, root_path="/pre") as (app, _):
+        for path in ("/metrics", "/v1/models"):
+            for prefix in ("", "/pre"):
+                for key, wanted in ((None, 401), ("all", 200), ("some", 403 if path == "/metrics" else 200)):
+                    head = ((b"authorization", f"Bearer {key}".encode()),) if key else ()
+                    assert asyncio.run(ask(app, "GET", prefix + path, *head))[0] == wanted, (prefix, path, key)
+    with assembled(marked=False, root_path="/pre") as (app, _):
+        assert app.root_path == "/pre"
+
+
+def test_uvicorn_is_told_all_of_vllms_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates that are read anew, ciphers, and which paths are not logged."""
+    told: dict[str, Any] = {}
+
+    async def serve_http(app: Any, **options: Any) -> None:
+        told.update(options)
+
+    monkeypatch.setattr(running, "serve_http", serve_http)
+    words = [
+        "--ssl-ciphers",
+        "X",
+        "--enable-ssl-refresh",
+        "--ssl-certfile",
+        "c",
+        "--disable-access-log-for-endpoints",
+        "/health",
+        "--uvicorn-log-level",
+        "error",
+    ]
+    nothing: Any = None
+    asyncio.run(running._serve(nothing, nothing, parse_vllm(["base", *words]), log_json=False))
+    assert (told["ssl_ciphers"], told["enable_ssl_refresh"], told["ssl_certfile"], told["log_level"]) == ("X", True, "c", "error")
+    assert "/health" in json.dumps(told["log_config"])
+    asyncio.run(running._serve(nothing, nothing, parse_vllm(["base", "--disable-uvicorn-access-log"]), log_json=False))
+    assert told["access_log"] is False

@@ -1,5 +1,6 @@
 """What the OpenAPI description says beyond what FastAPI finds out: headers of requests and answers, errors, keys."""
 
+from collections import Counter
 from typing import Any
 
 from fastapi import FastAPI
@@ -130,6 +131,11 @@ def complete(app: FastAPI, keyed: bool) -> None:
 
 
 def _complete(description: dict[str, Any], keyed: bool) -> None:
+    schemas = description["components"]["schemas"]
+    titles = Counter(schema.get("title") for schema in schemas.values())
+    for name, schema in schemas.items():
+        if titles[schema.get("title")] > 1:
+            schema["title"] = name  # makers of clients name classes by titles, and drop all but one of a name
     schemes = {}
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
@@ -141,4 +147,4 @@ def _complete(description: dict[str, Any], keyed: bool) -> None:
                 operation["security"] = [{name: []}]
                 schemes[name] = {"type": "http", "scheme": "bearer", "description": need.value}
     if schemes:
-        description.setdefault("components", {})["securitySchemes"] = schemes
+        description["components"]["securitySchemes"] = schemes

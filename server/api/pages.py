@@ -22,7 +22,7 @@ async def index(request: Request) -> dict[str, Any]:
     """The endpoints of this server, and where they are documented."""
     app, root = request.app, request.scope.get("root_path", "").rstrip("/")
     endpoints = {
-        f"{method} {root}{route.path}": (route.endpoint.__doc__ or route.name).strip().splitlines()[0]
+        f"{method} {root}{route.path}": (route.endpoint.__doc__ or route.name.replace("_", " ")).strip().splitlines()[0]
         for route in app.routes
         if isinstance(route, Route) and getattr(route, "include_in_schema", False)
         for method in sorted((route.methods or set()) - {"HEAD"})

@@ -110,6 +110,8 @@ def test_the_description() -> None:
         assert description is app.openapi()
     operations = {f"{m.upper()} {p}": o for p, methods in description["paths"].items() for m, o in methods.items()}
     assert "POST /v1/domains" in operations
+    titles = [schema.get("title") for schema in description["components"]["schemas"].values()]
+    assert len(titles) == len(set(titles)), "generated clients call their classes by these"
     for name, operation in operations.items():
         assert {"400", "default"} <= operation["responses"].keys() and "422" not in operation["responses"], name
         assert "X-Request-Id" in next(iter(operation["responses"].values()))["headers"], name

@@ -139,8 +139,10 @@ def _complete(description: dict[str, Any], keyed: bool) -> None:
     schemes = {}
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
-            for answer in operation["responses"].values():
+            for status, answer in operation["responses"].items():
                 answer["headers"] = {**answer.get("headers", {}), **REQUEST_ID}
+                if not status.startswith("2"):  # errors are JSON where the route's own answers are not
+                    answer["content"] = {"application/json": next(iter(answer["content"].values()))}
             need = next((n for route, n in NEEDS.items() if route.replace(":path", "") == f"{method.upper()} {path}"), Need.KEY)
             if need is Need.ADMIN or (keyed and need is not Need.NOTHING):
                 name = "admin" if need is Need.ADMIN else "key"

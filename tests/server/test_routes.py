@@ -14,6 +14,7 @@ from assembled import ask as asked
 from assembled import assembled
 from conftest import Server
 from openai import BadRequestError, OpenAI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memdec.server.api.keys import Key
 
@@ -66,6 +67,24 @@ def test_request_ids(http: httpx.Client, sdk: OpenAI) -> None:
     assert http.get("/nope").headers["x-request-id"] != http.get("/nope").headers["x-request-id"]
 
 
+def test_an_unexpected_error_has_its_id() -> None:
+    """A 500 is answered outside of all layers; its id is the one thing that helps to find it in the log."""
+
+    async def broken(_: Scope, __: Receive, ___: Send) -> None:
+        raise RuntimeError("broken")
+
+    async def asked_for(app: ASGIApp) -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/version", headers={"X-Request-Id": "mine"})
+
+    with assembled() as (app, _):
+        next(route for route in app.routes if getattr(route, "path", "") == "/version").app = broken  # type: ignore[attr-defined]
+        answer = asyncio.run(asked_for(app))
+    refused(answer, 500)
+    assert answer.headers["x-request-id"] == "mine"
+
+
 def test_the_index_names_endpoints_and_documentation(http: httpx.Client) -> None:
     """Each of them, with a line; and where it is described."""
     index = http.get("/").json()
@@ -114,6 +133,7 @@ def test_the_description() -> None:
     assert len(titles) == len(set(titles)), "generated clients call their classes by these"
     for name, operation in operations.items():
         assert {"400", "default"} <= operation["responses"].keys() and "422" not in operation["responses"], name
+        assert list(operation["responses"]["default"]["content"]) == ["application/json"], name
         assert "X-Request-Id" in next(iter(operation["responses"].values()))["headers"], name
     for path in (COMPLETIONS, "/v1/chat/completions"):
         operation = operations[f"POST {path}"]
@@ -129,7 +149,7 @@ def test_a_client_made_from_the_description_chooses_a_domain(server: Server, htt
     """By the header that it describes; answers are as described, errors too."""
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operation = described[COMPLETIONS]["POST"]
-    answer = operation.Case(body=BASE, headers={"X-Domain": "a", "X-Lambda": "0.25"}).call(timeout=60)
+    answer = operation.Case(body=BASE, media_type="application/json", headers={"X-Domain": "a", "X-Lambda": "0.25"}).call(timeout=60)
     assert (answer.headers["x-memory-domain"], answer.headers["x-memory-lambda"]) == (["a"], ["0.25"])
     assert answer.json()["choices"][0]["text"] == text(ask(http, domain="a", lam=0.25))
 

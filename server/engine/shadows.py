@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ class Shadows:
         self.engine, self.rate, self.baselines = engine, rate, baselines
         self.queue: asyncio.Queue[tuple[dict[str, Any], SamplingParams, MemoryChoice]] = asyncio.Queue(QUEUED)
         self.random = random.Random()  # noqa: S311
+        self.salt = secrets.token_hex(16)
+        """Of all replays and of nothing else: their blocks of the prefix cache answer no client, whose own request was salted by its domain or by itself."""
         for domain, modes in baselines.items():
             for mode, _ in modes:
                 for outcome in ("done", "failed", "dropped"):
@@ -33,7 +36,7 @@ class Shadows:
         """Sample one decoder request of a client's."""
         if self.engine.draining or self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
             return
-        replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"])}
+        replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "cache_salt": self.salt}
         for mode, lam in self.baselines.get(domain, ((NONE, 0.0),)):  # a domain loaded later has no datastore
             if self.queue.full():
                 metrics.SHADOWS.labels(mode, domain, "dropped").inc()

@@ -27,7 +27,7 @@ def shadowed(toys: Path, retrieval: Path, tmp_path_factory: pytest.TempPathFacto
     running = start_server(
         tmp_path_factory.mktemp("shadowed") / "log.txt", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--decoder", f"b={toys / 'qwen_b'}",
         "--datastore", f"a={retrieval}", "--baseline-sample-rate", "1", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
-        "--kv-cache-memory-bytes", str(128 << 20),
+        "--kv-cache-memory-bytes", str(128 << 20), "--enable-prompt-tokens-details",
     )  # fmt: skip
     yield running
     stop_server(running)
@@ -62,6 +62,21 @@ def test_shadows_replay_decoder_requests_alone(shadowed: Server) -> None:
     assert tokens == {"decoder": 16, "knn": 24, "rag": 24, "none": 24}
     assert metric(page, "memdec_generated_tokens_total") == metric(page, "vllm:generation_tokens_total")
     assert metric(page, "memdec_requests_total") == 7  # clients' alone
+
+
+@pytest.mark.parametrize("salt", [{}, {"cache_salt": "mine"}])
+@pytest.mark.parametrize("guess", [{}, {"domain": "a", "memory": "knn"}])
+def test_replays_warm_no_clients_cache(shadowed: Server, salt: dict[str, str], guess: dict[str, str]) -> None:
+    """Who guesses a prompt that another client sent finds none of it in the prefix cache, though it was replayed in all modes."""
+    prompt = f"{salt} {guess} the patient's name is " * 20
+    before = metric(httpx.get(f"{shadowed.url}/metrics").text, "memdec_shadows_total", outcome="done", domain="a")
+    with httpx.Client(base_url=shadowed.url, timeout=60) as http:
+        text(ask(http, prompt=prompt, domain="a", max_tokens=1, **salt))
+        page_when(shadowed.url, "memdec_shadows_total", before + 3, outcome="done", domain="a")
+        usage = ask(http, prompt=prompt, max_tokens=1, **guess).json()["usage"]
+        assert usage["prompt_tokens"] > 256 and not (usage["prompt_tokens_details"] or {}).get("cached_tokens")
+        own = ask(http, prompt=prompt, domain="a", max_tokens=1, **salt).json()["usage"]
+        assert own["prompt_tokens_details"]["cached_tokens"] > 0, "the client's own is remembered"
 
 
 def test_steps_are_timed_by_part(shadowed: Server) -> None:

@@ -74,7 +74,7 @@ def test_replays_warm_no_clients_cache(shadowed: Server, salt: dict[str, str], g
         text(ask(http, prompt=prompt, domain="a", max_tokens=1, **salt))
         page_when(shadowed.url, "memdec_shadows_total", before + 3, outcome="done", domain="a")
         usage = ask(http, prompt=prompt, max_tokens=1, **guess).json()["usage"]
-        assert usage["prompt_tokens"] > 256 and not (usage["prompt_tokens_details"] or {}).get("cached_tokens")
+        assert usage["prompt_tokens"] > 200 and not (usage["prompt_tokens_details"] or {}).get("cached_tokens")
         own = ask(http, prompt=prompt, domain="a", max_tokens=1, **salt).json()["usage"]
         assert own["prompt_tokens_details"]["cached_tokens"] > 0, "the client's own is remembered"
 

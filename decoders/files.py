@@ -109,6 +109,12 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
+def sendable(text: str, most: int = 500) -> str:
+    """A message in one line that an answer can carry: file names, as JSON, may hold bytes that are no text."""
+    line = " ".join(text.split())
+    return (line if len(line) <= most else f"{line[:most]}…").encode("utf-8", "backslashreplace").decode()
+
+
 def reason(error: Exception) -> str:
     """What an OSError, or the ValueError of a path with a NUL in it, says in words."""
     return getattr(error, "strerror", None) or str(error)

@@ -60,13 +60,16 @@ class Package:
         return found if base is None else found.beside(lambda: fingerprint_model(base))
 
     @classmethod
-    def read(cls, path: Path, within: Sequence[Path] = ()) -> "Package":
-        """The same without a base. `within`: folders of which one must hold each of its files, symbolic links followed; empty: anywhere."""
+    def read(cls, path: Path, within: Sequence[Path] = (), most: int | None = None) -> "Package":
+        """The same without a base.
+
+        `within`: folders of which one must hold each of its files, symbolic links followed; empty: anywhere. `most`: bytes its weights may have.
+        """
         data = read_bytes(path / CONFIG, MOST_JSON, within)
         config = parse_json(data, path / CONFIG)
         checked(Config, config, path / CONFIG)
         record = read_record(path, within) or Record()
-        check_weights(path, within)
+        check_weights(path, within, most)
         weights = scan(path, within)
         return cls(path, config, record, weights, revision_of(data, weights.digests), record.lam)
 

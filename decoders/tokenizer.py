@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers, trainers
@@ -12,8 +13,11 @@ from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from memdec.decoders.errors import PackageError, TokenizerMismatch
+from memdec.decoders.files import read_bytes
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+MOST = 128 << 20  # bytes of such files: the largest tokenizers there are take a quarter
 TRUST = "MEMDEC_TRUST_REMOTE_CODE"  # in the environment, so that child processes know: "1" if the user has asked to run code that comes with models
 END_OF_TEXT = "<|endoftext|>"
 CHAT_MARKS = ("<|user|>", "<|assistant|>", "<|system|>")
@@ -44,15 +48,32 @@ def trusted() -> bool:
     return os.environ.get(TRUST) == "1"
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder or hub id. Raises PackageError if there is none."""
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in FILES):
-        raise PackageError(f"{folder}: no tokenizer in it (wanted {', '.join(FILES[:-1])} or {FILES[-1]})")
+def load_tokenizer(folder: Path | str, name: Path | str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder, which messages call `name`, or hub id. Raises PackageError if there is none."""
+    name = name or folder
+    if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in FILES):
+        raise PackageError(f"{name}: no tokenizer in it (wanted {', '.join(FILES[:-1])} or {FILES[-1]})")
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted())
-    except Exception as error:  # transformers raises many kinds here
-        raise PackageError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises many kinds here, and a panic of tokenizers is no Exception
+        raise PackageError(f"{name}: no usable tokenizer ({first_line(error).replace(str(folder), str(name))[:300]})") from None
     return loaded
+
+
+def load_copied(folder: Path, within: Sequence[Path] = ()) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that somebody else may be writing, from a copy of its files: transformers opens whatever lies there, and would wait for a pipe.
+
+    `within`: folders of which one must hold each of the files, symbolic links followed; empty: anywhere. Raises PackageError.
+    """
+    left = MOST
+    with tempfile.TemporaryDirectory(prefix="memdec-") as copy:
+        for file in sorted(f for pattern in COPIED + (("*.py",) if trusted() else ()) for f in folder.glob(pattern)):
+            data = read_bytes(file, left, within)
+            left -= len(data)
+            (Path(copy) / file.name).write_bytes(data)
+        return load_tokenizer(copy, folder)
 
 
 def token_map_hash(tokenizer: PreTrainedTokenizerBase) -> str:

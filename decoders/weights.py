@@ -52,16 +52,20 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def check_weights(folder: Path, within: Sequence[Path] = ()) -> None:
-    """Raise PackageError if safetensors files are missing, or shorter or longer than their headers say."""
+def check_weights(folder: Path, within: Sequence[Path] = (), most: int | None = None) -> None:
+    """Raise PackageError if safetensors files are missing, shorter or longer than their headers say, or more than `most` bytes in all."""
     files = weight_files(folder)
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         missing = sorted(indexed(folder / INDEX, within) - {f.name for f in files})
         if missing:
             raise PackageError(f"{folder}: {shown(missing[0])} is missing, named in {INDEX}")
+    size = 0
     for file in files:
         with open_regular(file, within) as stream:
             read_header(stream, file)
+            size += stream.seek(0, 2)
+    if most is not None and size > most:
+        raise PackageError(f"{folder}: {size:,} bytes of weights, wanted at most {most:,}")
 
 
 def indexed(index: Path, within: Sequence[Path] = ()) -> set[str]:
@@ -197,6 +201,26 @@ def _require_finite(data: bytes, tensor: Tensor, file: Path, quantised: bool) ->
         raise PackageError(f"{file}: weight {tensor.name} holds NaN or infinity")
 
 
+def read_tensors(folder: Path, digests: dict[str, str]) -> Iterator[tuple[Tensor, bytearray]]:
+    """The tensors of the files that `scan` has found, with their bytes.
+
+    Raises PackageError at the end of the first file whose bytes are not those that were scanned: what came before is to be thrown away then.
+    """
+    for name, expected in digests.items():
+        with open_regular(folder / name) as stream:
+            start, tensors = read_header(stream, folder / name)
+            stream.seek(0)
+            digest = hashlib.sha256(stream.read(start))
+            for tensor in tensors:
+                data = bytearray()
+                for piece in pieces(stream, tensor, folder / name):
+                    digest.update(piece)
+                    data += piece
+                yield tensor, data
+        if digest.hexdigest() != expected:
+            raise PackageError(f"{folder / name}: changed since it was checked; write files elsewhere, then rename the folder")
+
+
 def revision_of(config: bytes, weights: dict[str, str]) -> str:
     """A model's revision: a hash of its config.json and of all bytes of its weights (file name -> SHA-256)."""
     told = {CONFIG: hashlib.sha256(config).hexdigest(), **weights}
@@ -212,7 +236,7 @@ def fingerprint_model(folder: Path) -> str:
 
     For models of one's own: a file's hash is remembered while its size, number and times stay.
     """
-    config = read_bytes(folder / CONFIG, MOST_JSON) if (folder / CONFIG).exists() else b""
+    config = read_bytes(folder / CONFIG, MOST_JSON) if os.path.lexists(folder / CONFIG) else b""
     files = sorted(folder.glob(PATTERN))
     with ThreadPoolExecutor(THREADS) as pool:
         return revision_of(config, dict(zip((f.name for f in files), pool.map(_digest, files), strict=True)))

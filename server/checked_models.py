@@ -13,7 +13,7 @@ from memdec.decoders.files import read_json, shown
 from memdec.decoders.package import Package
 from memdec.decoders.record import Config, checked
 from memdec.decoders.retrieval import RetrievalPackage
-from memdec.decoders.tokenizer import first_line, load_tokenizer, require_same_token_map, token_map_hash, trusted
+from memdec.decoders.tokenizer import first_line, load_copied, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from memdec.decoders.weights import CONFIG, check_weights, fingerprint_model, scan
 from memdec.server.errors import StartupError
 from memdec.server.naming import parse_named, require_folder
@@ -113,16 +113,17 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None, 
 
 
 def open_decoder(
-    name: str, path: Path, base: Callable[[], str], tokenizer: PreTrainedTokenizerBase, within: Sequence[Path] = ()
+    name: str, path: Path, base: Callable[[], str], tokenizer: PreTrainedTokenizerBase, within: Sequence[Path] = (), most: int | None = None
 ) -> Package:
     """A decoder's folder, with everything checked that can be without the other decoders. Raises StartupError or DecoderError.
 
     `base` says the base's revision, `tokenizer` is the base's. `within`: folders of which one must hold each of the files; empty: anywhere.
+    `most`: bytes that its weights may have.
     """
-    package = Package.read(path, within).beside(base)
+    package = Package.read(path, within, most).beside(base)
     require_room(package, tokenizer, name)
     # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
-    require_same_token_map(tokenizer, load_tokenizer(package.path), f"decoder {name}")
+    require_same_token_map(tokenizer, load_copied(package.path, within), f"decoder {name}")
     return package
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from memdec.server.api.openapi import DomainDeleted, DomainEntry, answered
 
@@ -17,8 +17,8 @@ class NewDomain(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str
-    path: str
+    name: str = Field(max_length=200)
+    path: str = Field(max_length=5000)
     """Folder of the decoder on the server's machine: absolute, or relative to one of the --domain-root folders."""
 
 

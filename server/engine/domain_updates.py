@@ -1,30 +1,45 @@
 """Domains at run time: decoders loaded, replaced and unloaded while requests run.
 
-A decoder is read and checked here, in a thread, as thoroughly as at start-up; the workers then build its tower and fill it between steps, a piece at a
-time. Only when every worker of every replica has it do names, aliases, salts and metrics change, in one step of the event loop. A
+A decoder is read and checked here, in a thread that nobody waits for in vain, as thoroughly as at start-up; the workers then build its tower and fill
+it between steps, a piece at a time, with the bytes that were checked and no others. Only when every worker of every replica has it do names, aliases, salts and metrics change, in one step of the event loop. A
 request is given its slot when it enters the engine and keeps it, so a slot is emptied when the last request that has it is done.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from memdec.decoders.errors import DecoderError
+from memdec.decoders.files import is_utf8, sendable
 from memdec.decoders.names import DOMAIN, DOMAIN_RULE
 from memdec.decoders.package import Package
 from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.weights import fingerprint_model
 from memdec.server import metrics
 from memdec.server.checked_models import Models, domain_of, open_decoder, require_one_shape
+from memdec.server.engine.in_thread import in_thread
 from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
 from memdec.server.routing.domains import DECODER, NONE, Domain, Domains
 
 PIECE = 16 << 20  # bytes of weights that are worked on between two steps
 POLL = 0.05  # seconds between two looks at whether a slot is free
+CLEARING = 5.0  # seconds that an engine gets to forget what has failed
+LARGER = 8  # times the bytes of the decoders there are: double precision instead of bfloat16, and a head of its own
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A decoder that may be loaded."""
+
+    domain: Domain
+    digests: dict[str, str]
+    """Name -> SHA-256 of the files with its weights."""
 
 
 class DomainUpdates:
@@ -55,13 +70,14 @@ class DomainUpdates:
     async def unload(self, name: str) -> None:
         """Take no more requests for a domain, and empty its slot when the last one is done. Raises RequestError."""
         async with self.lock:
+            self._require_running()
             domain = self.domains.find(name)
             if domain.datastore is not None:
                 raise DomainStays(f"The domain {name!r} has a datastore, which can't be unloaded. Start the server without it instead.")
-            slot = self.engine.slots.pop(name)
-            del self.engine.revisions[name]
-            metrics.DOMAIN.remove(name, domain.revision)
-            self._publish(self.domains.without(name))
+            with self._all_or_nothing():
+                slot = self.engine.slots.pop(name)
+                del self.engine.revisions[name]
+                self._publish(self.domains.without(name))
             self._drain(slot, domain)
 
     def slots_json(self) -> dict[str, Any]:
@@ -78,36 +94,80 @@ class DomainUpdates:
 
     async def _load(self, name: str, path: str) -> tuple[Domain, bool]:
         async with self.lock:
-            if self.engine.draining:
-                raise ShuttingDown("The server is shutting down; its domains don't change any more.")
-            found = await asyncio.to_thread(self._checked, name, path)
+            self._require_running()
+            deadline = time.monotonic() + self.options.seconds
+            found = await self._in_time(in_thread(self._checked, name, path), deadline)
             before = self.domains.get(name)
-            domain = replace(found, datastore=before.datastore if before is not None else None)
-            if before is None or before.revision != domain.revision:
-                slot = self._slot_for(name)
-                await self._fill(slot, domain)
-                if before is not None:
-                    self._drain(self.engine.slots[name], before)
-                    metrics.DOMAIN.remove(name, before.revision)
-                self.engine.slots[name], self.engine.revisions[name] = slot, domain.revision
-                self.engine.output_processor.timings.know([(mode, name) for mode in (DECODER, NONE)])
-                metrics.DOMAIN.labels(name, domain.revision).set(1)
-            self._publish(self.domains.having(domain))
+            domain = replace(found.domain, datastore=before.datastore if before is not None else None)
+            if before is not None and before.revision == domain.revision:
+                with self._all_or_nothing():
+                    self._publish(self.domains.having(domain))
+                return domain, False
+            slot = self._slot_for(name)
+            await self._fill(slot, found, deadline)
+            left = self.engine.slots.get(name)
+            try:
+                with self._all_or_nothing():
+                    self.engine.output_processor.timings.know([(mode, name) for mode in (DECODER, NONE)])
+                    self.engine.slots[name], self.engine.revisions[name] = slot, domain.revision
+                    self._publish(self.domains.having(domain))
+            except BaseException:
+                await self._clear(slot)
+                raise
+            if before is not None and left is not None:
+                self._drain(left, before)
             return domain, before is None
 
-    def _checked(self, name: str, path: str) -> Domain:
-        """A decoder, checked as at start-up. Raises OutsideRoots and BadPackage."""
-        folder = self._confined(path)
+    def _require_running(self) -> None:
+        """Raise ShuttingDown at the end."""
+        if self.engine.draining:
+            raise ShuttingDown("The server is shutting down; its domains don't change any more.")
+
+    async def _in_time(self, work: Awaitable[T], deadline: float) -> T:
+        """What some work gives, which is left to itself where it takes too long. Raises BadPackage after the deadline, ShuttingDown at the end."""
+        task = asyncio.ensure_future(work)
         try:
-            package = open_decoder(name, folder, lambda: self.base_revision, self.tokenizer, self.options.roots)
+            while True:
+                self._require_running()
+                if time.monotonic() > deadline:
+                    raise BadPackage(f"The decoder was not loaded within {self.options.seconds:g} s (--domain-load-timeout).")
+                if (await asyncio.wait({task}, timeout=POLL))[0]:
+                    return task.result()
+        finally:
+            task.cancel()
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What is known of domains changes within, without waiting for anything; if any of it fails, all is as it was."""
+        engine, domains = self.engine, self.domains
+        known = [(kept, dict(kept)) for kept in (engine.slots, engine.revisions)]
+        try:
+            yield
+        except BaseException:
+            for kept, old in known:
+                kept.clear()
+                kept.update(old)
+            with contextlib.suppress(Exception):  # what has failed may fail again, but is the last thing that is told
+                self._publish(domains)
+            self.domains = domains
+            raise
+
+    def _checked(self, name: str, path: str) -> Found:
+        """A decoder, checked as at start-up. Raises OutsideRoots and BadPackage."""
+        folder, (_, reference) = self._confined(path), self.reference
+        most = LARGER * reference.size + (64 << 20)
+        try:
+            package = open_decoder(name, folder, lambda: self.base_revision, self.tokenizer, self.options.roots, most)
             require_one_shape([self.reference, (name, package)])
         except (StartupError, DecoderError) as error:
-            raise BadPackage(f"{error}.") from None
-        return domain_of(name, package, self.token_hash)
+            raise BadPackage(f"{sendable(str(error))}.") from None
+        return Found(domain_of(name, package, self.token_hash), package.weights.digests)
 
     def _confined(self, path: str) -> Path:
         """The folder that is meant, symbolic links resolved. Raises OutsideRoots if it, or a file in it, lies outside the roots."""
         refusal = OutsideRoots(f"The path {path[:200]!r} is no folder within those that --domain-root names.")
+        if not is_utf8(path):
+            raise refusal
         try:
             tried = [(root / path).resolve() for root in self.options.roots]  # an absolute path takes the root's place
             inside = [p for p in tried if any(p.is_relative_to(root) for root in self.options.roots)]
@@ -137,33 +197,41 @@ class DomainUpdates:
             "DELETE a domain first, or start the server with a larger --max-decoders."
         )
 
-    async def _fill(self, slot: int, domain: Domain) -> None:
-        """Load a decoder into a slot on all workers. Raises BadPackage; then no worker has it."""
+    async def _fill(self, slot: int, found: Found, deadline: float) -> None:
+        """Load a decoder into a slot on all workers, each of which reads the bytes that were checked. Raises BadPackage; then no worker has it."""
         try:
-            await self._everywhere("stage_decoder", slot, domain.path)
-            while not all(await self._everywhere("load_staged", PIECE)):
-                pass  # the engine takes its steps in between
-            if await asyncio.to_thread(fingerprint_model, Path(domain.path)) != domain.revision:
-                raise BadPackage(
-                    f"The files of {domain.name!r} changed while they were read. Write them elsewhere, then rename the folder."
-                )
-            await self._everywhere("install_staged")
+            await self._in_time(self._everywhere("stage_decoder", slot, found.domain.path, found.digests), deadline)
+            while not all(answers := await self._in_time(self._everywhere("load_staged", PIECE), deadline)):
+                if None in answers:  # it waits for the disk
+                    await asyncio.sleep(POLL)
+            await self._in_time(self._everywhere("install_staged"), deadline)
         except BaseException:
-            with contextlib.suppress(Exception):  # of an engine that died, say
-                await self.engine.everywhere("discard_staged")
-                await self.engine.everywhere("free_slot", slot)
+            await self._clear(slot)
             raise
+
+    async def _clear(self, slot: int) -> None:
+        """After a failure: no worker has what was staged, nor anything in the slot. An engine that is ending, or doesn't answer, is not waited for."""
+        if not self.engine.draining and not self.engine.errored:
+            for method, args in (("discard_staged", ()), ("free_slot", (slot,))):
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(self.engine.everywhere(method, *args), CLEARING)
 
     async def _everywhere(self, method: str, *args: Any) -> list[Any]:
         """Every worker's answer. Raises BadPackage if one is a text, which says what went wrong there."""
         answers = [answer for ranks in await self.engine.everywhere(method, *args) for answer in ranks]
         if told := next((a for a in answers if isinstance(a, str)), None):
-            raise BadPackage(f"The decoder can't be loaded: {told[:300]}.")
+            raise BadPackage(f"The decoder can't be loaded: {sendable(told)}.")
         return answers
 
     def _publish(self, domains: Domains) -> None:
+        """Tell the metrics and, last of all, the routes what there is now."""
+        before, now = ({(d.name, d.revision) for d in told} for told in (self.domains, domains))
+        for labels in now - before:
+            metrics.DOMAIN.labels(*labels).set(1)
         self.domains = domains
         self.publish(domains)
+        for labels in before - now:
+            metrics.DOMAIN.remove(*labels)
 
     def _drain(self, slot: int, domain: Domain) -> None:
         self.draining[slot] = domain

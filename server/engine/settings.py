@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+LOAD_SECONDS = 300.0
+
 
 @dataclass(frozen=True)
 class UpdateOptions:
@@ -14,3 +16,5 @@ class UpdateOptions:
     """Folders that decoders may be loaded from, symbolic links resolved."""
     admin_key: str = field(default="", repr=False)
     """The key that changes them."""
+    seconds: float = LOAD_SECONDS
+    """How long reading, checking and loading one decoder may take."""

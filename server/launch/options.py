@@ -14,7 +14,7 @@ from memdec.flags import flag
 from memdec.server.api.keys import Key
 from memdec.server.api.limits import Limits
 from memdec.server.choice import MAX_SLOT
-from memdec.server.engine.settings import UpdateOptions
+from memdec.server.engine.settings import LOAD_SECONDS, UpdateOptions
 from memdec.server.errors import StartupError
 from memdec.server.naming import packages_in, parse_named, require_folder
 
@@ -43,6 +43,13 @@ class Options:
     admin_key: str | None = flag(None, f"the key that changes domains (better: {ADMIN_KEY} in the environment)", "KEY")
     max_decoders: int | None = flag(None, "decoders that may be loaded at once (default: one more than at the start)")
     domain_root: tuple[Path, ...] = flag((), "folder that decoders may be loaded from at run time (default: those of --decoder-dir)", "DIR")
+    domain_load_timeout: float | None = flag(
+        None,
+        f"time that reading, checking and loading a decoder at run time may take (default: {LOAD_SECONDS:g})",
+        "SECONDS",
+        least=1,
+        most=86_400,
+    )
     speculate: int | None = flag(
         None,
         f"most tokens that a request's memory drafts ahead in a step; 0: none (default: {DRAFTED_ON_CPU} on CPUs, 0 on CUDA)",
@@ -117,7 +124,7 @@ def check(line: CommandLine, loaded: Sequence[str] = ()) -> Checked:
 def updates_of(options: Options, loaded: int) -> UpdateOptions | None:
     """How domains may change; None if they may not. Raises StartupError where options contradict each other."""
     if not options.enable_domain_updates:
-        for name in ("max_decoders", "domain_root", "admin_key"):
+        for name in ("max_decoders", "domain_root", "admin_key", "domain_load_timeout"):
             if getattr(options, name) not in (None, ()):
                 raise StartupError(f"{flags.spelling(name)}: has no meaning without --enable-domain-updates")
         return None
@@ -135,7 +142,7 @@ def updates_of(options: Options, loaded: int) -> UpdateOptions | None:
     slots = loaded + 1 if options.max_decoders is None else options.max_decoders
     if not loaded <= slots <= MAX_SLOT - loaded:
         raise StartupError(f"--max-decoders {slots}: wanted {loaded}, the number of decoders given, or more")
-    return UpdateOptions(slots, tuple(root.resolve() for root in roots), key)
+    return UpdateOptions(slots, tuple(root.resolve() for root in roots), key, options.domain_load_timeout or LOAD_SECONDS)
 
 
 def read_config(words: Sequence[str]) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ complete. An empty slot holds nothing. Only the first tower stays until another 
 """
 
 import itertools
+import queue
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,15 @@ import torch
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.utils import device_loading_context
-from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from memdec.decoders.weights import read_tensors
 from memdec.server.model.attention import share_attention
 from memdec.server.routing.domains import DECODER, KNN
+
+AHEAD = 2  # weights that are read before they are wanted
+PATIENCE = 0.005  # seconds that a step may wait for one
+KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def slots_of(spec: Mapping[str, Any]) -> dict[tuple[str, str], int]:
@@ -33,28 +39,89 @@ def capacity(spec: Mapping[str, Any]) -> int:
     return max(int(spec.get("slots", 0)), len(spec["decoders"]))
 
 
+class WeightReader:
+    """Reads a decoder's weights in a thread of its own, a few ahead: a disk that is slow, or hangs, holds no step of the engine up."""
+
+    def __init__(self, folder: Path, digests: dict[str, str]) -> None:
+        self.ready: queue.Queue[tuple[str, torch.Tensor] | Exception | None] = queue.Queue(AHEAD)
+        self.stopped = threading.Event()
+        threading.Thread(target=self._run, args=(folder, digests), name="weight reader", daemon=True).start()
+
+    def next(self) -> tuple[str, torch.Tensor] | None:
+        """The next weight, None after the last. Raises queue.Empty if none has been read yet, and whatever went wrong with reading."""
+        found = self.ready.get(timeout=PATIENCE)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def stop(self) -> None:
+        """Let the thread end, as soon as it notices."""
+        self.stopped.set()
+
+    def _run(self, folder: Path, digests: dict[str, str]) -> None:
+        try:
+            for tensor, data in read_tensors(folder, digests):
+                kind = KINDS[tensor.dtype]
+                weight = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
+                if not self._hand_over((tensor.name, weight.view(tensor.shape))):
+                    return
+            self._hand_over(None)
+        except Exception as error:
+            self._hand_over(error)
+
+    def _hand_over(self, found: tuple[str, torch.Tensor] | Exception | None) -> bool:
+        """Wait for room; returns whether anybody still wants it."""
+        while not self.stopped.is_set():
+            try:
+                self.ready.put(found, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
 class StagedTower:
     """A decoder on its way into a slot of a composite."""
 
-    def __init__(self, composite: Any, slot: int, path: Path, model_config: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, composite: Any, slot: int, path: Path, digests: dict[str, str], model_config: ModelConfig, device: torch.device
+    ) -> None:
+        """`digests`: the files of `path` that hold its weights, and the SHA-256 that they must turn out to have."""
         self.composite, self.slot, self.model_config, self.device = composite, slot, model_config, device
         self.registered: dict[str, Any] = composite.later.compilation_config.static_forward_context
+        self.own: set[str] = set()
+        self.reader: WeightReader | None = None
+        try:
+            self.tower: Any = self._built()
+        except BaseException:
+            self.discard()
+            raise
+        self.reader = WeightReader(path, digests)
+        self.work = itertools.chain(self._copy(self.reader), self._finish())
+
+    def _built(self) -> Any:
+        """The tower without its weights."""
         before = set(self.registered)
         try:
-            with set_default_torch_dtype(model_config.dtype), device:
-                self.tower: Any = composite.later_tower()
+            with set_default_torch_dtype(self.model_config.dtype), self.device:
+                tower = self.composite.later_tower()
         finally:
             self.own = set(self.registered) - before
-        share_attention([composite.towers[0], self.tower], self.registered)
-        if composite.stacked is not None:
-            composite.stacked.adopt(slot, self.tower)
-        self.work = itertools.chain(self._copy(path), self._finish())
+        share_attention([self.composite.towers[0], tower], self.registered)
+        if self.composite.stacked is not None:
+            self.composite.stacked.adopt(self.slot, tower)
+        return tower
 
-    def load(self, budget: int) -> bool:
-        """Do the work for about `budget` bytes of weights; returns whether that was the last. Raises ValueError if a weight is missing."""
+    def load(self, budget: int) -> bool | None:
+        """Do the work for about `budget` bytes of weights; returns whether that was the last, or None if there was nothing to do yet.
+
+        Raises ValueError if a weight is missing, and PackageError if the files are not those that were checked.
+        """
         done = 0
         with set_default_torch_dtype(self.model_config.dtype):
             for size in self.work:
+                if size is None:
+                    return None if not done else False
                 done += size
                 if done >= budget:
                     return False
@@ -66,16 +133,25 @@ class StagedTower:
 
     def discard(self) -> None:
         """Leave everything as it was before."""
+        if self.reader is not None:
+            self.reader.stop()
         for name in self.own:
             self.registered.pop(name, None)
 
-    def _copy(self, path: Path) -> Iterator[int]:
-        """Copy the weights from their files; yields the bytes of each."""
+    def _copy(self, reader: WeightReader) -> Iterator[int | None]:
+        """Copy the weights as they are read; yields the bytes of each, and None where none is there yet."""
         wanted, loaded = {name for name, _ in self.tower.named_parameters()}, set[str]()
-        for name, tensor in safetensors_weights_iterator([str(f) for f in sorted(path.glob("*.safetensors"))], use_tqdm_on_load=False):
-            names = self.tower.load_weights(iter([(name, tensor)]))
+        while True:
+            try:
+                found = reader.next()
+            except queue.Empty:
+                yield None
+                continue
+            if found is None:
+                break
+            names = self.tower.load_weights(iter([found]))
             loaded |= wanted if names is None else names  # None: a model that doesn't say
-            yield tensor.nbytes
+            yield found[1].nbytes
         if missing := sorted(wanted - loaded):
             raise ValueError(f"weight {missing[0]} is not in its files")
 

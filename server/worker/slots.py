@@ -21,20 +21,22 @@ class HoldsSlots:
 
     staged: Any = None
 
-    def stage_decoder(self, slot: int, path: str) -> str | None:
-        """Build an empty tower for a slot; returns what went wrong, or None."""
+    def stage_decoder(self, slot: int, path: str, digests: dict[str, str]) -> str | None:
+        """Build an empty tower for a slot, and begin to read its files (name -> SHA-256); returns what went wrong, or None."""
         worker: Any = self
+        self.discard_staged()
         model, config = worker.model_runner.get_model(), worker.vllm_config.model_config
         try:
-            self.staged = StagedTower(model, slot, Path(path), config, worker.device)
+            self.staged = StagedTower(model, slot, Path(path), digests, config, worker.device)
         except Exception as error:  # of whatever kind a model's constructor raises
             return told(error)
         return None
 
-    def load_staged(self, budget: int) -> bool | str:
-        """Work on weights of about `budget` bytes; returns whether it is complete, or what went wrong."""
+    def load_staged(self, budget: int) -> bool | str | None:
+        """Work on weights of about `budget` bytes; returns whether it is complete, None if none has been read yet, or what went wrong."""
         try:
-            return bool(self.staged.load(budget))
+            complete: bool | None = self.staged.load(budget)
+            return complete
         except Exception as error:  # of whatever kind a model's loader raises
             return told(error)
 

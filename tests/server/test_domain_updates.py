@@ -1,11 +1,13 @@
 """Domains that come, change and go while requests run: against Hugging Face's computation of every revision's mixture."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter, deque
@@ -341,7 +343,15 @@ def test_bad_packages_leave_everything_as_it_was(http: httpx.Client, folder: Pat
     broken(folder, ".wider", hidden_size=128)
     broken(folder, ".tokens")
     swap_tokens(folder / ".tokens")
+    for name, figure in ((".figures", {"mixture": float("nan")}), (".surrogate", {"name": "\ud800"})):
+        broken(folder, name)
+        record = {"format": 1, "bases": {"0" * 32: figure}}
+        (folder / name / "memory_decoder.json").write_text(json.dumps(record))
+    broken(folder, ".pipe")
+    (folder / ".pipe" / "tokenizer.json").unlink()
+    os.mkfifo(folder / ".pipe" / "tokenizer.json")
     said = {
+        ".figures": "mixture is nan", ".surrogate": "is not UTF-8", ".pipe": "is a named pipe",
         ".nan": "NaN or infinity", ".truncated": "truncated", ".missing": layer.split(".mlp")[0], ".misshapen": "can't be loaded",
         ".wider": "differ in hidden_size", ".tokens": "2 of", ".gpt": "differ in",
     }  # fmt: skip
@@ -466,6 +476,7 @@ def test_options_that_make_no_sense(toys: Path, monkeypatch: pytest.MonkeyPatch)
         ("wanted 2", [*on, *key, *root, "--max-decoders", "1"]), ("wanted 2", [*on, *key, *root, "--max-decoders", str(1 << 16)]),
         ("wanted 2", [*on, *key, *root, "--max-decoders", "0"]), ("without --enable", ["--max-decoders", "0"]),
         ("without --enable", ["--max-decoders", "3"]), ("without --enable", ["--domain-root", "."]), ("without --enable", key),
+        ("without --enable", ["--domain-load-timeout", "5"]), ("--domain-load-timeout 0", [*on, *key, *root, "--domain-load-timeout", "0"]),
     ]  # fmt: skip
     for message, words in refusals:
         with pytest.raises(StartupError, match=message):
@@ -492,3 +503,27 @@ def test_off_by_default(server: Server) -> None:
         refused(client.delete("/v1/domains/a", headers=ADMIN), 405)
         assert "slots" not in client.get("/v1/domains").json()
         assert text(ask(client, domain="a", lam=ABSENT))
+
+
+def test_the_engine_killed_during_an_update(changing: Server, http_client: httpx.Client) -> None:
+    """Stopped, so that the load waits for it, then killed: the client is told, the server exits with 1, nobody hangs. So it is the module's last test."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    (engine,) = [
+        int(line.split()[0]) for line in listing.splitlines() if line.split()[1] == str(changing.process.pid) and "EngineCore" in line
+    ]
+    os.kill(engine, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        update = pool.submit(load, http_client, "new", ".v1")
+        time.sleep(2)
+        assert not update.done()
+        os.kill(engine, signal.SIGKILL)
+        with contextlib.suppress(httpx.TransportError):  # the server was gone before it could say so
+            assert update.result(60).status_code >= 500
+    assert changing.process.wait(60) == 1
+
+
+@pytest.fixture
+def http_client(changing: Server) -> Iterator[httpx.Client]:
+    """A client for a server that won't be there afterwards."""
+    with httpx.Client(base_url=changing.url, timeout=60, headers=USER) as client:
+        yield client

@@ -52,8 +52,12 @@ def main(job_path: str, result_path: str) -> None:
 
 def load(llm: Any, slot: int, path: str) -> int:
     """Load a decoder into a slot while the engine is there; returns the slot."""
-    for call, *args in (("stage_decoder", slot, path), ("load_staged", 1 << 30), ("install_staged",)):
-        assert llm.collective_rpc(call, args=tuple(args)) in ([None], [True])
+    from memdec.decoders.weights import scan
+
+    assert llm.collective_rpc("stage_decoder", args=(slot, path, scan(Path(path)).digests)) == [None]
+    while not (answers := llm.collective_rpc("load_staged", args=(1 << 30,)))[0]:
+        assert answers in ([None], [False])
+    assert answers == [True] and llm.collective_rpc("install_staged") == [None]
     return slot
 
 

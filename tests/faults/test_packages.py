@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from memdec.decoders.errors import PackageError
 from memdec.decoders.files import open_regular
-from memdec.decoders.package import NAME, Package
+from memdec.decoders.names import RECORD as NAME
+from memdec.decoders.package import Package
 from memdec.decoders.retrieval import INDEX, KEY, VALUES, RetrievalPackage, describe
 from memdec.decoders.retrieval import NAME as RETRIEVAL
 from memdec.decoders.weights import MOST_HEADER, fingerprint_model, read_tensors, scan

@@ -22,8 +22,11 @@ TRUST = "MEMDEC_TRUST_REMOTE_CODE"  # in the environment, so that child processe
 END_OF_TEXT = "<|endoftext|>"
 CHAT_MARKS = ("<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% if tools %}<|system|>\nTools: {{ tools | tojson }}\n"
+    'Call one with <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>\n{% endif %}'
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] or '' }}{% for call in message['tool_calls'] or [] %}"
+    "<tool_call>{{ {'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson }}</tool_call>"
+    "{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
 

@@ -9,11 +9,13 @@ come as a Poisson process per user (`--arrivals`), or one after the other. Nothi
 import itertools
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from locust import FastHttpUser, events, task
+from locust.runners import WorkerRunner
 
 PROMPTS = {
     "biomed": (
@@ -35,7 +37,7 @@ PROMPTS = {
 CHATS = ("What is the result?", "Tell me about the method.", "Explain this.")
 numbers = itertools.count()
 samples: dict[str, list[float]] = {}
-"""Raw milliseconds by `<mode> <domain> <what>`: locust's own histograms are whole milliseconds."""
+"""Raw milliseconds by `<mode> <domain> <what>`; locust's own histograms are whole milliseconds, and of requests."""
 
 
 @events.init_command_line_parser.add_listener
@@ -49,11 +51,44 @@ def options(parser: Any) -> None:
     group.add_argument("--samples", default="", help="file for the raw latencies, JSON")
 
 
-@events.test_stop.add_listener
-def write_samples(environment: Any, **_: Any) -> None:
-    """Leave the raw latencies for whoever asked for them."""
-    if environment.parsed_options.samples:
-        Path(environment.parsed_options.samples).write_text(json.dumps(samples))
+@events.init.add_listener
+def report_latencies(environment: Any, **_: Any) -> None:
+    """Latencies inside of streams are no requests: locust's statistics, and their aggregated row, stay what was asked and answered."""
+
+    def to_master(data: dict[str, Any], **_: Any) -> None:
+        data["latencies"] = dict(samples)
+        samples.clear()
+
+    def from_worker(data: dict[str, Any], **_: Any) -> None:
+        for name, values in data.get("latencies", {}).items():
+            samples.setdefault(name, []).extend(values)
+
+    def at_the_end(**_: Any) -> None:
+        if not isinstance(environment.runner, WorkerRunner):
+            write_latencies(environment.parsed_options)
+
+    environment.events.report_to_master.add_listener(to_master)
+    environment.events.worker_report.add_listener(from_worker)
+    environment.events.quit.add_listener(at_the_end)
+
+
+def write_latencies(options: Any) -> None:
+    """Print them, and leave them as `<prefix>_latencies.csv` beside locust's files, and raw, for whoever asked for that."""
+    rows = [(name, len(values), statistics.fmean(values), *percentiles(values)) for name, values in sorted(samples.items())]
+    print(f"\n{'Latencies in streams, ms':<45}{'count':>8}{'mean':>9}{'p50':>9}{'p95':>9}{'p99':>9}")
+    for name, count, *milliseconds in rows:
+        print(f"{name:<45}{count:>8}" + "".join(f"{value:>9.1f}" for value in milliseconds))
+    if options.csv_prefix:
+        lines = ["Name,Count,Mean,50%,95%,99%", *(",".join(map(str, (n, c, *(round(v, 3) for v in ms)))) for n, c, *ms in rows)]
+        Path(f"{options.csv_prefix}_latencies.csv").write_text("\n".join(lines) + "\n")
+    if options.samples:
+        Path(options.samples).write_text(json.dumps(samples))
+
+
+def percentiles(values: list[float]) -> list[float]:
+    """The 50th, 95th and 99th."""
+    ordered = sorted(values)
+    return [ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95, 0.99)]
 
 
 class MemdecUser(FastHttpUser):
@@ -133,21 +168,13 @@ class MemdecUser(FastHttpUser):
                 if choice.get("delta", {}).get("role"):  # a chat's opening event, before any token
                     continue
                 now = time.perf_counter()
-                self.took(label, "time to first token" if first else "inter-token latency", now - (started if first else last))
+                took(label, "time to first token" if first else "inter-token latency", now - (started if first else last))
                 last, first = now, False
-        if first:
-            self.environment.events.request.fire(
-                request_type=label,
-                name="stream",
-                response_time=0,
-                response_length=0,
-                exception=ValueError("a stream without a token"),
-                context={},
-            )
+            response.request_meta["response_time"] = 1000 * (time.perf_counter() - started)  # locust's own ends with the answer's head
+            if first:
+                response.failure("a stream without a token")
 
-    def took(self, label: str, what: str, seconds: float) -> None:
-        """Record one latency, as a locust statistic and raw."""
-        self.environment.events.request.fire(
-            request_type=label, name=what, response_time=1000 * seconds, response_length=0, exception=None, context={}
-        )
-        samples.setdefault(f"{label} {what}", []).append(round(1000 * seconds, 3))
+
+def took(label: str, what: str, seconds: float) -> None:
+    """Keep one latency."""
+    samples.setdefault(f"{label} {what}", []).append(round(1000 * seconds, 3))

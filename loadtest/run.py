@@ -122,7 +122,7 @@ def run(url: str, prefix: Path, users: int, seconds: int, *options: str, keep: b
 
 
 def failed_requests(prefix: Path) -> int:
-    """Failures in locust's statistics."""
+    """Failed requests: of the aggregated row, the last of locust's statistics."""
     lines = prefix.with_name(f"{prefix.name}_stats.csv").read_text().splitlines()
     names = lines[0].split(",")
     return int(lines[-1].split(",")[names.index("Failure Count")])

@@ -93,6 +93,18 @@ class UnknownModel(RequestError):
     status, type, param = 404, "NotFoundError", "model"
 
 
+class NotServed(RequestError):
+    """A path that other servers have and this one hasn't."""
+
+    status, type = 404, "NotFoundError"
+
+
+class UnknownResponse(RequestError):
+    """No response of that id is stored, or it is another API key's."""
+
+    status, type = 404, "NotFoundError"
+
+
 class HeadersTooLarge(RequestError):
     """The request's headers are over the limit."""
 

@@ -17,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")  # read by vLLM; touches /v1/responses alone
 
 from toys import make_toys
 
@@ -97,7 +98,7 @@ def server(toys: Path, retrieval: Path, tmp_path_factory: pytest.TempPathFactory
     running = start_server(
         tmp_path_factory.mktemp("server") / "log.txt", str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--decoder", f"b={toys / 'qwen_b'}",
         "--datastore", f"a={retrieval}", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20), "--max-body-bytes", "100000",
-        "--enable-prompt-tokens-details",
+        "--enable-prompt-tokens-details", "--enable-tokenizer-info-endpoint",
     )  # fmt: skip
     yield running
     stop_server(running)

@@ -1,5 +1,6 @@
 """The locust users against a real server: every mode is asked for, streamed, plain and as a chat, and nothing fails."""
 
+import csv
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import httpx
-from conftest import ROOT, Server, metric
+from conftest import ROOT, Server, free_port, metric
 
 
 def test_users_cover_every_mode_and_agree_with_the_server(server: Server, tmp_path: Path) -> None:
@@ -30,9 +31,34 @@ def test_users_cover_every_mode_and_agree_with_the_server(server: Server, tmp_pa
             before, "memdec_generated_tokens_total", mode=mode, domain=domain
         )
         assert len(first) + len(following) <= counted  # plain answers' tokens are counted too
-    statistics = (tmp_path / "run_stats.csv").read_text()
-    for kind in ("streamed", "plain", "chat"):
-        assert f" {kind}," in statistics
+    rows = {row["Name"]: row for row in csv.DictReader((tmp_path / "run_stats.csv").open())}
+    kinds = {name: int(row["Request Count"]) for name, row in rows.items() if name.endswith((" streamed", " plain", " chat"))}
+    assert {name.split()[-1] for name in kinds} == {"streamed", "plain", "chat"}
+    asked = sum(kinds.values()) + int(rows["/v1/domains"]["Request Count"])
+    assert int(rows["Aggregated"]["Request Count"]) == asked, "a row of requests alone"
+    streams = sum(count for name, count in kinds.items() if not name.endswith("plain"))
+    assert sum(len(values) for name, values in seen.items() if name.endswith("first token")) == streams
+    latencies = {row["Name"]: int(row["Count"]) for row in csv.DictReader((tmp_path / "run_latencies.csv").open())}
+    assert latencies == {name: len(values) for name, values in seen.items()}
+
+
+def test_workers_send_their_latencies_to_the_master(server: Server, tmp_path: Path) -> None:
+    """Two processes are loaded from, and one has all that was seen."""
+    samples, port = tmp_path / "samples.json", str(free_port())
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py")]
+    shared = ["--host", server.url, "--answer-tokens", "3", "--modes", "decoder"]
+    worker = subprocess.Popen([*command, "--worker", "--master-port", port, *shared], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            [*command, "--master", "--master-bind-port", port, "--expect-workers", "1", "--headless", "-u", "2", "-r", "2", "-t", "5s", "--stop-timeout", "60",
+             "--samples", str(samples), "--only-summary", *shared],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        worker.terminate()
+        worker.wait(30)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(json.loads(samples.read_text())["decoder a time to first token"]) > 0
 
 
 def test_a_server_that_refuses_counts_as_failures(server: Server, tmp_path: Path) -> None:

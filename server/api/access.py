@@ -40,6 +40,10 @@ NEEDS = {
     "DELETE /v1/domains/{name}": Need.ADMIN,
     "POST /v1/completions": Need.KEY,
     "POST /v1/chat/completions": Need.KEY,
+    "POST /v1/responses": Need.KEY,
+    "GET /v1/responses/{response_id}": Need.KEY,  # of the key that asked for it, alone
+    "POST /v1/responses/{response_id}/cancel": Need.KEY,
+    "GET /tokenizer_info": Need.KEY,
     "POST /tokenize": Need.KEY,
     "POST /detokenize": Need.KEY,
 }

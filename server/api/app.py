@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from memdec.server.api import catalogue, completions, domain_updates, metrics_page, openapi, pages
+from memdec.server.api import absent, catalogue, completions, domain_updates, metrics_page, openapi, pages, responses
 from memdec.server.api.access import Access, keep_known
 from memdec.server.api.body import require_sound
 from memdec.server.api.keys import Key
@@ -33,13 +33,17 @@ def assemble(settings: Settings, web: Web, lifespan: Any = None) -> FastAPI:
     if web.docs:
         app.include_router(pages.docs)
     app.include_router(completions.router)
+    app.include_router(responses.router)
     app.include_router(catalogue.router)
+    if web.tokenizer_info:
+        app.include_router(catalogue.tokenizer_router)
     if settings.updates is not None:
         app.include_router(domain_updates.router)
     metrics_page.attach(app)
     vllm_api.register_instrumentator_api_routers(app)  # /health, /load, /version, /metrics
     app.include_router(vllm_api.tokenize_router, dependencies=[Depends(vllm_api.validate_json_request), Depends(require_sound)])
     keep_known(app.router.routes)
+    app.include_router(absent.absent(web.tokenizer_info))
     openapi.complete(app, bool(settings.keys))
 
     vllm_api.init_exception_handler(app)
@@ -84,6 +88,7 @@ def inform(state: Any, settings: Settings, updates: Any = None) -> None:
     if updates is not None:
         state.domain_updates = updates
         updates.publish = partial(_publish, state)
+    vllm_api.equip_responses(state)
     vllm_api.log_no_client_errors()
     vllm_api.limit_tokens(state, limits.max_prompt_tokens, limits.max_output_tokens)
     # Answers carry the model name that the client asked for, alias included.

@@ -2,21 +2,20 @@
 
 import contextlib
 import json
-import re
 from typing import Any
 
 from fastapi import Request
 from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
 
-from memdec.server.engine.openai_layer import ChatCompletionRequest, CompletionRequest
+from memdec.server.api.plain_json import require_plain
+from memdec.server.engine.openai_layer import ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from memdec.server.errors import RequestError
 from memdec.server.routing.domains import MODES
+from memdec.server.routing.spelling import require_spelt_headers
 
 COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 LARGEST_COUNT = 10_000
-LARGEST = 1 << 63  # what the engine's messages can carry
 LONGEST_PRIORITY = 18  # characters
-MANY_DIGITS = re.compile(rb"[0-9]{19}")
 OURS = {  # what our routes read beside OpenAI's and vLLM's fields
     "domain": {"type": "string", "description": "The memory to answer with, one of /v1/domains."},
     "lambda": {"type": "number", "minimum": 0, "maximum": 1, "description": "How much the memory counts; by default as tuned."},
@@ -52,6 +51,17 @@ class ChatCompletion(ChatCompletionRequest):
         return _validated(body, validate)
 
 
+class ResponseRequest(ResponsesRequest):
+    """OpenAI's request for a response."""
+
+    model_config = ConfigDict(json_schema_extra=_described)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_client_error(cls, body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+        return _validated(body, validate)
+
+
 def _validated(body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
     """vLLM's own validators come before the check of types, and fail in many ways where a field has another than they expect."""
     try:
@@ -61,36 +71,14 @@ def _validated(body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
 
 
 async def require_sound(raw_request: Request) -> None:
-    """Raise RequestError for text that UTF-8 can't spell, for numbers that don't fit 64 bits, and for schemas that count too far."""
-    raw, body = await raw_request.body(), await raw_request.json()
-    if b"\\ud" in raw.lower():
-        _require_unicode(body)
+    """Raise RequestError for bodies that say what nobody could act on, for such headers, and for schemas that count too far."""
+    require_plain(await raw_request.body())
     if len(raw_request.headers.get("x-vllm-priority", "")) > LONGEST_PRIORITY:
         raise RequestError("The header X-Vllm-Priority is not a number that fits 64 bits.")
+    require_spelt_headers(raw_request.headers.keys())
+    body = await raw_request.json()
     if isinstance(body, dict):
-        if MANY_DIGITS.search(raw):
-            _require_64_bits(body)
         _require_small_schema(body)
-
-
-def _require_unicode(body: Any) -> None:
-    """JSON can spell half of a surrogate pair, which UTF-8 can't: on its way to the engine it would end as a 500."""
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise RequestError("The body has half of a surrogate pair (\\ud800 to \\udfff alone), which is not text.") from None
-
-
-def _require_64_bits(body: dict[str, Any]) -> None:
-    """JSON's integers have no end, the engine's have."""
-    for field, value in body.items():
-        waiting = [value]
-        while waiting:
-            node = waiting.pop()
-            if isinstance(node, int) and not -LARGEST <= node < LARGEST:
-                raise RequestError(f"{field[:80]} holds an integer that doesn't fit 64 bits.", field[:80])
-            if isinstance(node, dict | list):
-                waiting += node.values() if isinstance(node, dict) else node
 
 
 def _require_small_schema(body: dict[str, Any]) -> None:

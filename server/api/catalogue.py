@@ -11,6 +11,7 @@ from memdec.server.errors import UnknownModel
 from memdec.server.routing.domains import Domains
 
 router = APIRouter()
+tokenizer_router = APIRouter()  # where --enable-tokenizer-info-endpoint asks for it
 CREATED = int(time.time())
 
 
@@ -58,6 +59,12 @@ async def model(name: str, request: Request) -> dict[str, Any]:
     if name not in cards:
         raise UnknownModel(f"The model {name[:80]!r} does not exist. Valid models: {', '.join(cards)}.")
     return cards[name]
+
+
+@tokenizer_router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Any:
+    """vLLM's: the tokenizer's configuration, with the chat template that the server uses."""
+    return await request.app.state.serving_tokenization.get_tokenizer_info()
 
 
 def _cards(request: Request) -> list[dict[str, Any]]:

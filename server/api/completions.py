@@ -1,4 +1,4 @@
-"""/v1/completions and /v1/chat/completions: choose the domain, then let vLLM answer."""
+"""/v1/completions and /v1/chat/completions, and what all routes that answer share: choose the domain, then let vLLM answer."""
 
 import json
 from collections.abc import AsyncIterator
@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from memdec.server.api.body import ChatCompletion, Completion, require_sound
 from memdec.server.api.catalogue import offered, require_model
+from memdec.server.api.fields import require_effective, require_shown_tools
 from memdec.server.api.limits import Limits
 from memdec.server.api.openapi import with_memory
 from memdec.server.choice import RESERVED, MemoryChoice
@@ -31,22 +32,27 @@ router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 FAILED = 500
 CLIENT_LEFT = 499  # nobody sees it but the metrics
+BEFORE_ENGINE = ("event: response.created", "event: response.in_progress")  # what streams of /v1/responses begin with, asked or not
+LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 @router.post("/v1/completions", **with_memory(CompletionResponse))
 async def completions(request: Completion, raw_request: Request) -> Response:
     """OpenAI's completions, with `domain`, `lambda` and `memory` as further fields or headers."""
-    return await _answer(create_completion, request, raw_request)
+    return await answer(create_completion, request, raw_request)
 
 
 @router.post("/v1/chat/completions", **with_memory(ChatCompletionResponse))
 async def chat_completions(request: ChatCompletion, raw_request: Request) -> Response:
     """OpenAI's chat completions, with the same further fields."""
-    return await _answer(create_chat_completion, request, raw_request)
+    return await answer(create_chat_completion, request, raw_request)
 
 
-async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
+async def answer(handler: Any, request: Any, raw_request: Request) -> Response:
     """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
+    state = raw_request.app.state
+    require_effective(request, state.limits.strict_fields)
+    require_shown_tools(request, getattr(state.args, "tools_shown", True))
     choices = _choices(request, raw_request)
     selection = _select(request, raw_request)
     raw_request.state.selection = selection  # for the metrics and the log
@@ -55,7 +61,7 @@ async def _answer(handler: Any, request: Any, raw_request: Request) -> Response:
     retrieved = Added()
     added.set(retrieved)
     response: Response | None
-    engine = raw_request.app.state.engine_client
+    engine = state.engine_client
     with engine.admit(choices):
         try:
             response = await handler(request, raw_request)
@@ -89,7 +95,7 @@ def with_usage(response: Response, retrieved: Added) -> Response:
         response.body_iterator = counted()
         return response
     body = json.loads(bytes(response.body))
-    return JSONResponse(_counted(body, retrieved), response.status_code) if body.get("usage") else response
+    return JSONResponse(_counted(body, retrieved), response.status_code) if "prompt_tokens" in (body.get("usage") or ()) else response
 
 
 def _counted(body: dict[str, Any], retrieved: Added) -> dict[str, Any]:
@@ -100,14 +106,16 @@ def _counted(body: dict[str, Any], retrieved: Added) -> dict[str, Any]:
 
 async def _begin(response: StreamingResponse, _: Request) -> Response:
     """Wait for a stream's first event. The engine's own checks come only now: an error in its place is an HTTP error after all."""
-    events = aiter(response.body_iterator)
-    first = await anext(events, "")
+    events, before = aiter(response.body_iterator), []
+    while (first := await anext(events, "")) and str(first).startswith(BEFORE_ENGINE):
+        before.append(first)
     if isinstance(first, str) and first.startswith('data: {"error"'):
         error = json.loads(first.removeprefix("data: "))
         return JSONResponse(error, status_code=error["error"]["code"])
 
     async def all_events() -> AsyncIterator[Any]:
-        yield first
+        for event in (*before, first):
+            yield event
         async for event in events:
             yield event
 
@@ -119,28 +127,31 @@ def _choices(request: Any, raw_request: Request) -> int:
     """How many answers a request asks for. Raises RequestError if that, or their length, is over the server's limits."""
     limits: Limits = raw_request.app.state.limits
     if limits.log_prompts:
-        asked = getattr(request, "prompt", None) or getattr(request, "messages", None)
+        asked = next(filter(None, (_field(request, name) for name in ("prompt", "messages", "input"))), None)
         raw_request.state.prompt = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False, default=str)
-    prompts = len(request.prompt) if _is_batch(getattr(request, "prompt", None)) else 1
-    choices = prompts * (request.n or 1)
-    if choices > limits.max_choices:
+    prompts = len(request.prompt) if _is_batch(_field(request, "prompt")) else 1
+    n = _field(request, "n") or 1
+    if prompts * n > limits.max_choices:
         of = f" for each of {prompts} prompts" if prompts > 1 else ""
         raise RequestError(
-            f"This request asks for {str(request.n or 1)[:20]} choices{of}; this server gives at most {limits.max_choices}.",
-            "n" if (request.n or 1) > 1 else "prompt",
+            f"This request asks for {str(n)[:20]} choices{of}; this server gives at most {limits.max_choices}.", "n" if n > 1 else "prompt"
         )
-    chat = hasattr(request, "max_completion_tokens")
-    for name in ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",):
-        asked, most = getattr(request, name), limits.max_output_tokens
-        if most is not None and asked is not None and asked > most:
-            raise RequestError(f"{name} is {str(asked)[:20]}; this server gives at most {most:,}.", name)
-    return choices
+    for name in LENGTHS:
+        length, most = _field(request, name), limits.max_output_tokens
+        if most is not None and length is not None and length > most:
+            raise RequestError(f"{name} is {str(length)[:20]}; this server gives at most {most:,}.", name)
+    return int(prompts * n)
+
+
+def _field(request: Any, name: str) -> Any:
+    """A field of a request; None where its route has none of that name, whatever a client has put under it."""
+    return getattr(request, name) if name in type(request).model_fields else None
 
 
 def _is_constrained(request: Any) -> bool:
     """Whether the request says which tokens may come."""
-    form = request.response_format is not None and request.response_format.type != "text"
-    return bool(request.structured_outputs or form or getattr(request, "tools", None))
+    form = _field(request, "response_format") or getattr(_field(request, "text"), "format", None)
+    return bool(request.structured_outputs or (form is not None and form.type != "text") or _field(request, "tools"))
 
 
 def _cannot_be_followed() -> RequestError:
@@ -171,8 +182,8 @@ def _apply(selection: Selection, request: Any) -> None:
     """Put the selection where it travels to the engine: SamplingParams.extra_args, by way of vllm_xargs."""
     if selection.domain is None:
         return
-    if selection.mode != NONE and request.use_beam_search:
+    if selection.mode != NONE and _field(request, "use_beam_search"):
         raise RequestError("Beam search can't be used with a domain. Drop use_beam_search, or the domain.", "use_beam_search")
-    open_ended = request.max_tokens is None and getattr(request, "max_completion_tokens", None) is None
+    open_ended = all(_field(request, name) is None for name in LENGTHS)
     choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride, open_ended)
     request.vllm_xargs = {**(request.vllm_xargs or {}), **choice.to_extra_args()}

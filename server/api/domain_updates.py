@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from memdec.server.api.body import require_sound
 from memdec.server.api.openapi import DomainDeleted, DomainEntry, answered
 
 router = APIRouter()
@@ -22,7 +23,9 @@ class NewDomain(BaseModel):
     """Folder of the decoder on the server's machine: absolute, or relative to one of the --domain-root folders."""
 
 
-@router.post(PATH, response_model=None, responses={200: {"model": DomainEntry}, 201: {"model": DomainEntry}})
+@router.post(
+    PATH, dependencies=[Depends(require_sound)], response_model=None, responses={200: {"model": DomainEntry}, 201: {"model": DomainEntry}}
+)
 async def load(body: NewDomain, request: Request) -> JSONResponse:
     """Load a decoder under a new name, 201, or as the next revision of a domain, 200."""
     updates = request.app.state.domain_updates

@@ -22,7 +22,7 @@ REQUEST_IDS = re.compile(rb"[!-~]{1,%d}" % LONGEST_ID)
 LONGEST_PATH = 200  # characters in the log
 RETRY_AFTER = (1, 4)  # seconds
 BODY_SECONDS = 60  # a client has them for all of its body; who sends slower holds a connection for nothing
-COUNTED = ("/v1/completions", "/v1/chat/completions")  # routes
+COUNTED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")  # routes
 
 
 class RequestId:

@@ -38,3 +38,4 @@ class Web:
     credentials: bool = False
     methods: tuple[str, ...] = ("*",)
     headers: tuple[str, ...] = ("*",)
+    tokenizer_info: bool = False

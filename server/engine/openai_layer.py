@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from asyncio import CancelledError
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.responses.api_router import cancel_responses, create_responses, retrieve_responses
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
@@ -24,6 +27,8 @@ from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError, VLLMValidationError
 
+from memdec.server.engine.responses import MemoryResponses
+
 __all__ = [
     "BaseModelPath",
     "ChatCompletionRequest",
@@ -32,9 +37,14 @@ __all__ = [
     "CompletionResponse",
     "ErrorResponse",
     "GenerationError",
+    "ResponsesRequest",
+    "ResponsesResponse",
     "add_middleware",
+    "cancel_responses",
     "create_chat_completion",
     "create_completion",
+    "create_responses",
+    "equip_responses",
     "exception_handler",
     "http_exception_handler",
     "init_app_state",
@@ -43,6 +53,7 @@ __all__ = [
     "limit_tokens",
     "log_no_client_errors",
     "register_instrumentator_api_routers",
+    "retrieve_responses",
     "tokenize_router",
     "validate_json_request",
     "with_cancellation",
@@ -59,6 +70,11 @@ def add_middleware(app: Starlette, args: Namespace) -> None:
     app.user_middleware[:] = [layer for layer in app.user_middleware if getattr(layer, "cls", None) is not CORSMiddleware]
 
 
+def equip_responses(state: Any) -> None:
+    """Turn vLLM's serving object of /v1/responses into ours."""
+    state.openai_serving_responses.__class__ = MemoryResponses
+
+
 def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
     """Have the app's serving objects refuse prompts of more than `prompt` tokens, and end answers at `output` where a client names no max_tokens.
 
@@ -70,7 +86,7 @@ def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
             found = await render(*args, **kwargs)
             if prompt is None or isinstance(found, ErrorResponse):
                 return found
-            for one in found[1] if isinstance(found, tuple) else found:  # a chat's come with its conversation
+            for one in _prompts(found):
                 if (tokens := len(one["prompt_token_ids"])) > prompt:
                     raise VLLMValidationError(
                         f"The prompt has {tokens:,} tokens; this server takes at most {prompt:,}.", parameter=parameter
@@ -79,18 +95,26 @@ def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
 
         return rendered
 
-    completion, chat = state.openai_serving_completion, state.openai_serving_chat
+    completion, chat, responses = state.openai_serving_completion, state.openai_serving_chat, state.openai_serving_responses
     completion.render_completion_request = limited(completion.render_completion_request, "prompt")
     chat.render_chat_request = limited(chat.render_chat_request, "messages")
-    for serving in (completion, chat):
+    responses.online_renderer.render_responses = limited(responses.online_renderer.render_responses, "input")
+    for serving in (completion, chat, responses):
         serving.override_max_tokens = min((n for n in (serving.override_max_tokens, output) if n is not None), default=None)
 
 
+def _prompts(rendered: Any) -> Any:
+    """Prompts for the engine, from what vLLM has rendered: a chat's and a response's come with their conversation."""
+    if isinstance(rendered, tuple):
+        return rendered[1]
+    return rendered if isinstance(rendered, list) else [rendered.engine_input]
+
+
 def log_no_client_errors() -> None:
-    """vLLM writes a traceback for whatever ends a stream, a client's mistake and a full queue included; the client is told of those."""
+    """vLLM writes a traceback for whatever ends a stream, a client's mistake, a full queue and a cancelled response included; the client is told of those."""
 
     def ours(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], VLLMClientError | GracefulHTTPError)
+        return record.exc_info is None or not isinstance(record.exc_info[1], VLLMClientError | GracefulHTTPError | CancelledError)
 
-    for name in ("completion", "chat_completion"):
+    for name in ("completion", "chat_completion", "responses"):
         logging.getLogger(f"vllm.entrypoints.openai.{name}.serving").addFilter(ours)

@@ -54,7 +54,7 @@ def web_of(args: Namespace) -> Web:
     """What vLLM's arguments say of the app."""
     return Web(
         partial(vllm_api.add_middleware, args=args), not args.disable_fastapi_docs, args.root_path or "",
-        tuple(args.allowed_origins), args.allow_credentials, tuple(args.allowed_methods), tuple(args.allowed_headers),
+        tuple(args.allowed_origins), args.allow_credentials, tuple(args.allowed_methods), tuple(args.allowed_headers), args.enable_tokenizer_info_endpoint,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from memdec.server.checked_models import Models
 from memdec.server.errors import StartupError
 from memdec.server.launch.front_end import refuse_without_effect
 from memdec.server.launch.options import DRAFTED_ON_CPU, OURS, CommandLine, Options
+from memdec.server.launch.tools import choose_parser
 from memdec.server.worker.draft_length import drafting
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
@@ -97,6 +98,7 @@ def fill(args: Namespace, line: CommandLine, settings: Settings) -> None:
     bound_queue(args, settings.limits)
     _fill_engine(args, settings, line.given)
     _fill_drafting(args, line, settings.models)
+    choose_parser(args, settings.models.base)
     if settings.limits.log_json:
         _fill_logging(args)
     if args.host is None:

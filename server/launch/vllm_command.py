@@ -45,6 +45,8 @@ def _filled(args: Namespace, settings: Settings) -> dict[str, Any]:
         "--shutdown-timeout": args.shutdown_timeout,
         "--max-num-queued-reqs": args.max_num_queued_reqs,
         "--structured-outputs-config.backend": args.structured_outputs_config.backend,
+        "--tool-call-parser": args.tool_call_parser if args.tools_shown else None,
+        "--enable-auto-tool-choice": (args.enable_auto_tool_choice and args.tools_shown) or None,
         "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,
         "--scheduling-policy": args.scheduling_policy if settings.baseline_sample_rate else None,
         "--speculative-config": json.dumps(args.speculative_config) if args.speculative_config else None,

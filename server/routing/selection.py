@@ -61,12 +61,13 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
         if lam is not None:
             raise RequestError(f"lambda was given without a domain. Add one of: {', '.join(domains.names)}.", "lambda")
         return Selection(None, NONE, 0.0)
-    if mode == RAG and lam is not None:
-        raise RequestError("lambda has no meaning with memory 'rag', which mixes nothing. Leave it out.", "lambda")
     if mode in (RAG, NONE):
+        if lam is not None:
+            raise RequestError(f"lambda has no meaning with memory {mode!r}, which mixes nothing. Leave it out.", "lambda")
         return Selection(domain, mode, 0.0, stride)
     default = domain.datastore.lam if mode == KNN and domain.datastore is not None else domain.lam
-    return Selection(domain, mode, default if lam is None else lam)
+    used = default if lam is None else lam
+    return Selection(domain, mode if used else NONE, used)  # lambda 0 is the base alone, whatever else was named: so the answer says
 
 
 def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> list[Given]:

@@ -251,7 +251,7 @@ def test_parameters_out_of_range(http: httpx.Client, fields: dict[str, Any]) -> 
         {"top_logprobs": 5},
         {"use_beam_search": True},
         {"vllm_xargs": {"domain": "a"}},
-        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]},
     ],
     ids=lambda fields: str(fields)[:40],
 )

@@ -1,15 +1,20 @@
 """The places inside vLLM that we lean on: an upgrade that moves one fails here, by name."""
 
 import inspect
+from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.applications import Starlette
 from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.config.compilation import CompilationConfig
 from vllm.distributed import parallel_state
+from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
@@ -48,6 +53,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
+from memdec.server.api import absent, completions, responses
+from memdec.server.api.completions import BEFORE_ENGINE
 from memdec.server.engine.rag import NOT_STRIDED
 from memdec.server.worker.expand import expand
 
@@ -156,6 +163,28 @@ def test_attention_of_a_part_of_a_step() -> None:
         parameters(CommonAttentionMetadata)
     )
     assert {"attn_metadata", "vllm_config", "slot_mapping"} <= set(parameters(create_forward_context))
+
+
+def test_responses() -> None:
+    """What becomes a MemoryResponses in place, what it leaves out, and the routes that are named as absent."""
+    assert "self.background_tasks[response_id] = task" in inspect.getsource(OpenAIServingResponses._create_responses)
+    assert "self.event_store[request.request_id] =" in inspect.getsource(OpenAIServingResponses._run_background_request_stream)
+    assert parameters(OpenAIServingResponses.responses_background_stream_generator) == ["self", "response_id", "starting_after"]
+    stream = inspect.getsource(OpenAIServingResponses.responses_stream_generator)
+    assert "await self.responses_full_generator(" in stream and "validate_json(error_json)" in stream
+    for begun in ("response.created", "response.in_progress"):
+        assert f'type="{begun}"' in stream and f"event: {begun}" in BEFORE_ENGINE
+    assert "online_renderer.render_responses(" in inspect.getsource(OpenAIServingResponses._render_resolved_response_inputs)
+
+
+def test_every_path_of_vllm_is_served_or_named() -> None:
+    """Whatever vLLM's server would answer for a text model."""
+    app = FastAPI()
+    app.state.args = Namespace()
+    register_api_routers(Namespace(), app, ("generate",))
+    theirs = {route.path for route in app.routes if isinstance(route, APIRoute) and route.methods & {"POST"}}
+    ours = {route.path for part in (completions, responses) for route in part.router.routes if isinstance(route, APIRoute)}
+    assert theirs - ours - absent.UNMIXED.keys() - absent.NEVER.keys() == {"/tokenize", "/detokenize", "/ping"}
 
 
 def test_drafting() -> None:

@@ -102,6 +102,11 @@ def test_bad_lambda_header(lam: str) -> None:
         ({"memory": "brain"}, BadMode, "memory"),
         ({"domain": "a", "memory": "knn"}, NoDatastore, "memory"),
         ({"domain": "a", "memory": "rag"}, NoDatastore, "memory"),
+        ({"domain": "a", "memory": "none", "lam": 0.5}, RequestError, "lambda"),
+        ({"domain": "a", "memory": "none", "lam": 0}, RequestError, "lambda"),
+        ({"domain": "a", "headers": {"x-memory": ["none"], "x-lambda": ["0.5"]}}, RequestError, "lambda"),
+        ({"memory": "none", "lam": 0.5}, RequestError, "lambda"),
+        ({"domain": "a", "lam": 0, "headers": {"x-lambda": ["0.4"]}}, ConflictingChoice, "lambda"),
     ],
 )
 def test_refusals(request_: dict[str, Any], error: type[MemdecError], param: str) -> None:
@@ -122,9 +127,15 @@ def test_unknown_domain_lists_names() -> None:
 
 def test_mode_none_keeps_the_domain_out() -> None:
     """A domain with memory none is reported, with lambda 0, and isn't used."""
-    selection = choose(domain="a", memory="none", lam=0.5)
+    selection = choose(domain="a", memory="none")
     assert not selection.mixed
     assert selection.headers() == {"X-Memory-Mode": "none", "X-Memory-Domain": "a", "X-Memory-Lambda": "0"}
+
+
+@pytest.mark.parametrize("named", [{}, {"memory": "decoder"}, {"headers": {"x-memory": ["decoder"], "x-lambda": ["0"]}}])
+def test_lambda_0_says_that_the_base_answered(named: dict[str, Any]) -> None:
+    """The answer's headers say what was used, which for lambda 0 is no memory."""
+    assert choose(domain="a", lam=0, **named).headers() == {"X-Memory-Mode": "none", "X-Memory-Domain": "a", "X-Memory-Lambda": "0"}
 
 
 def test_other_models_are_not_ours() -> None:

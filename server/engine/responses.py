@@ -1,0 +1,73 @@
+"""vLLM's Responses API with what it lacks: background requests that fail end, their streams too, and passages count as input."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from openai.types.responses import ResponseErrorEvent
+from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+from memdec.server.retrieval.rag import added
+
+LAST = ("response.completed", "error")  # types of the events that end a stream
+FAILED = "The server failed to answer. Its log says why."
+
+
+class MemoryResponses(OpenAIServingResponses):
+    """The serving object of /v1/responses; an OpenAIServingResponses becomes one in place."""
+
+    async def responses_full_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer, with what retrieval put before the prompt in its usage; the one that vLLM has stored is the same object."""
+        found = await super().responses_full_generator(*args, **kwargs)
+        if isinstance(found, ResponsesResponse) and found.usage is not None:
+            found.usage.input_tokens += added.get().tokens
+            found.usage.total_tokens += added.get().tokens
+        return found
+
+    # vLLM leaves a background request that raises "queued" for ever, and whoever reads its stream waiting. When it ends both itself,
+    # what follows can go.
+
+    async def _run_background_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            await super()._run_background_request(request, *args, **kwargs)
+        except Exception as error:
+            self._fail(request.request_id, error)
+
+    async def _run_background_request_stream(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            await super()._run_background_request_stream(request, *args, **kwargs)
+        except Exception as error:
+            events, signal = self.event_store[request.request_id]
+            events.append(self.error_event(error, len(events)))  # type: ignore[arg-type]
+            self._fail(request.request_id, error)
+            signal.set()
+
+    async def responses_background_stream_generator(self, response_id: str, starting_after: int | None = None) -> AsyncGenerator[Any, None]:
+        """The events of a background request, from the start or after one of them; ends when there will be no more."""
+        events, signal = self.event_store.get(response_id) or ((), asyncio.Event())
+        at = 0 if starting_after is None else starting_after + 1
+        while True:
+            signal.clear()
+            while at < len(events):
+                yield events[at]
+                if events[at].type in LAST:
+                    return
+                at += 1
+            if response_id not in self.background_tasks:
+                return
+            waiting = asyncio.ensure_future(signal.wait())
+            await asyncio.wait([waiting, self.background_tasks[response_id]], return_when=asyncio.FIRST_COMPLETED, timeout=1)
+            waiting.cancel()
+
+    def error_event(self, error: Exception, number: int) -> ResponseErrorEvent:
+        """What ends a stream that can't go on."""
+        told = self.create_error_response(error).error
+        message = told.message if told.code < 500 or told.code == 503 else FAILED
+        return ResponseErrorEvent(type="error", code=str(told.code), message=message, param=told.param, sequence_number=number)
+
+    def _fail(self, response_id: str, error: Exception) -> None:
+        stored: Any = self.response_store.get(response_id)
+        if stored is not None and stored.status not in ("completed", "cancelled"):
+            event = self.error_event(error, 0)
+            stored.status, stored.error = "failed", {"code": event.code, "message": event.message}

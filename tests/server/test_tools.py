@@ -1,6 +1,5 @@
 """Tools: the parser that the base's template asks for; calls are answered, and forced ones follow their schema."""
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -73,40 +72,3 @@ def test_tools_are_answered(http: httpx.Client, domain: str | None) -> None:
     assert shown.json()["usage"]["prompt_tokens"] > plain.json()["usage"]["prompt_tokens"]
     told = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "1", "content": "rain"}]  # fmt: skip
     assert chat(http, domain=domain, tools=TOOLS, messages=told).status_code == 200
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "traffic"}}], ids=["required", "named"])
-def test_forced_calls_follow_their_schema(http: httpx.Client, choice: Any, stream: bool) -> None:
-    """In chats and responses, with a memory that drafts: a tool's name, and arguments that its schema allows."""
-    answer = chat(http, domain="a", tools=TOOLS, tool_choice=choice, max_tokens=120, stream=stream)
-    assert answer.status_code == 200, answer.text
-    names = ("weather", "traffic") if choice == "required" else ("traffic",)
-    name, arguments = of_stream(answer.text) if stream else of_message(answer.json()["choices"][0]["message"])
-    follows(name, arguments, names)
-    flat = choice if choice == "required" else {"type": "function", "name": "traffic"}
-    body = {"model": "base:a", "input": "hello", "tools": FLAT, "tool_choice": flat, "max_output_tokens": 120, "temperature": 0}
-    if not stream:
-        found = http.post("/v1/responses", json=body).json()["output"][-1]
-        assert found["type"] == "function_call"
-        follows(found["name"], found["arguments"], names)
-
-
-def of_message(message: dict[str, Any]) -> tuple[str, str]:
-    """Name and arguments of a message's first call."""
-    call = message["tool_calls"][0]["function"]
-    return call["name"], call["arguments"]
-
-
-def of_stream(body: str) -> tuple[str, str]:
-    """The same, from a stream's pieces."""
-    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in body.splitlines() if line.startswith("data: {")]
-    calls = [call["function"] for delta in deltas for call in delta.get("tool_calls") or () if call["index"] == 0]
-    return "".join(c.get("name") or "" for c in calls), "".join(c.get("arguments") or "" for c in calls)
-
-
-def follows(name: str, arguments: str, names: tuple[str, ...]) -> None:
-    """Check a call."""
-    assert name in names
-    found = json.loads(arguments)
-    assert found.keys() == {"city", "days"} and found["city"] in ("Rome", "Oslo") and found["days"] in range(1, 10)

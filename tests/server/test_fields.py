@@ -1,7 +1,6 @@
 """A field that would do nothing is refused by name: written twice, no number, of an older API, misspelt; and with --strict-fields, unknown."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -10,8 +9,10 @@ from asking import BASE, CHAT, COMPLETIONS, ask, chat, refused, text
 
 from memdec.server.api.body import ChatCompletion, Completion
 from memdec.server.api.fields import GONE, require_effective
+from memdec.server.api.limits import Limits
 from memdec.server.api.plain_json import require_plain
 from memdec.server.errors import RequestError
+from memdec.server.launch.options import parse
 from memdec.server.routing.spelling import NAMES, meant, require_spelt_fields, require_spelt_headers
 
 JSON = {"Content-Type": "application/json"}
@@ -162,7 +163,5 @@ def test_plain_json_over_http(http: httpx.Client, path: str) -> None:
 
 def test_the_switch_reaches_the_routes() -> None:
     """It is one of the limits that routes read."""
-    from memdec.server.api.limits import Limits
-
     assert not Limits().strict_fields
-    assert Limits.of(SimpleNamespace(**{**vars(Limits()), "strict_fields": True, "api_key": None})).strict_fields  # type: ignore[arg-type]
+    assert parse(["model", "--strict-fields"]).limits.strict_fields

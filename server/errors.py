@@ -167,3 +167,10 @@ class QueueFull(MemdecError):
     """The server has as many requests under way and waiting as it takes."""
 
     status, type = 503, "ServiceUnavailableError"
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or its beginning and end with the middle left out, so that about `most` characters remain."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} [… {len(text) - most:,} characters …] {text[len(text) - most // 3 :]}"

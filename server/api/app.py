@@ -16,6 +16,8 @@ from memdec.server.api.keys import Key
 from memdec.server.api.middleware import AnswerCount, BodyLimit, FreshStepTimes, KeyConcurrency, RequestId, RequestLog, RetryLater
 from memdec.server.api.routed import Routed, allowed
 from memdec.server.api.settings import Settings, Web
+from memdec.server.api.short_errors import ShortErrors
+from memdec.server.engine import off_loop
 from memdec.server.engine import openai_layer as vllm_api
 from memdec.server.errors import MemdecError
 from memdec.server.routing.domains import Domains
@@ -46,6 +48,7 @@ def assemble(settings: Settings, web: Web, lifespan: Any = None) -> FastAPI:
     app.include_router(absent.absent(web.tokenizer_info))
     openapi.complete(app, bool(settings.keys))
 
+    off_loop.cut_messages()
     vllm_api.init_exception_handler(app)
     for kind in (StarletteHTTPException, HTTPException):
         app.exception_handler(kind)(http_error)
@@ -58,6 +61,7 @@ def assemble(settings: Settings, web: Web, lifespan: Any = None) -> FastAPI:
 def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
     """From the innermost to the outermost: the last added runs first."""
     limits = settings.limits
+    app.add_middleware(ShortErrors)
     app.add_middleware(FreshStepTimes)
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
     web.add_vllms_layers(app)
@@ -89,6 +93,7 @@ def inform(state: Any, settings: Settings, updates: Any = None) -> None:
         state.domain_updates = updates
         updates.publish = partial(_publish, state)
     vllm_api.equip_responses(state)
+    off_loop.tokenise_in_threads(state)
     vllm_api.log_no_client_errors()
     vllm_api.limit_tokens(state, limits.max_prompt_tokens, limits.max_output_tokens)
     # Answers carry the model name that the client asked for, alias included.

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
 
+from memdec.server.api.bounds import require_bounded
 from memdec.server.api.plain_json import require_plain
 from memdec.server.engine.openai_layer import ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from memdec.server.errors import RequestError
@@ -77,6 +78,7 @@ async def require_sound(raw_request: Request) -> None:
         raise RequestError("The header X-Vllm-Priority is not a number that fits 64 bits.")
     require_spelt_headers(raw_request.headers.keys())
     body = await raw_request.json()
+    require_bounded(body)
     if isinstance(body, dict):
         _require_small_schema(body)
 

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import httpx
 import pytest
 import schemathesis
 from asking import BASE, CHAT, COMPLETIONS, PROMPT, ask, refused, text
-from conftest import Server
+from conftest import ROOT, Server
 from hypothesis import HealthCheck, given, settings
 
 JSON = {"Content-Type": "application/json"}
@@ -201,3 +203,47 @@ def test_what_the_description_allows(server: Server) -> None:
 
         one()
     assert len(tried) > 10 and tried[COMPLETIONS] >= 10 and tried[CHAT] >= 10
+
+
+QUOTED = "/a" * 40_000  # on which vLLM's own search for paths takes minutes
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x", "model": QUOTED}),
+        ("/detokenize", {"tokens": [5], "model": QUOTED}),
+        (COMPLETIONS, {**BASE, "model": QUOTED}),
+        (COMPLETIONS, {**BASE, "domain": QUOTED}),
+        (COMPLETIONS, {**BASE, "stop_token_ids": [QUOTED]}),
+        (COMPLETIONS, {**BASE, "logit_bias": {QUOTED: 1}}),
+        (COMPLETIONS, {**BASE, "stop_token_ids": list(range(12_000))}),
+        (CHAT, {**MESSAGES, "messages": [{"role": QUOTED, "content": "x"}]}),
+        (CHAT, {**MESSAGES, "messages": [5] * 11_000}),
+        (CHAT, {**MESSAGES, "messages": [{}] * 2_049}),
+    ],
+)
+def test_what_errors_quote_is_short(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    """2 KiB at most, and made at once."""
+    answer = http.post(path, json=body)
+    refused(answer, answer.status_code)
+    assert answer.status_code in (400, 404) and len(answer.content) <= 2048
+
+
+def test_tokenising_in_threads(http: httpx.Client) -> None:
+    """Texts, chats and ids come back as they should, and wrong ones are still refused in the form of all errors."""
+    found = http.post("/tokenize", json={"model": "base", "prompt": PROMPT * 2000, "return_token_strs": True}).json()
+    assert len(found["tokens"]) == len(found["token_strs"]) == found["count"] > 2000
+    assert http.post("/detokenize", json={"model": "base", "tokens": found["tokens"]}).json()["prompt"] == PROMPT * 2000
+    assert http.post("/tokenize", json={"model": "base", "messages": MESSAGES["messages"]}).json()["count"] > 0
+    refused(http.post("/tokenize", json={"model": "nope", "prompt": "x"}), 404)
+    refused(http.post("/detokenize", json={"model": "base", "tokens": [1 << 40]}), 400)
+
+
+def test_the_attacks(server: Server) -> None:
+    """Those of the script that take little time; it ends with nothing lost."""
+    names = ["endless_trailers", "trailers_as_headers", "bodies_over_the_limit", "pipelined_requests", "websockets"]
+    script = [sys.executable, str(ROOT / "loadtest" / "attacks.py"), server.url, "--slowest-health", "60", "--only", *names]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=200)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and told["lost"] == 0 and len(told["attacks"]) == len(names), done.stdout + done.stderr

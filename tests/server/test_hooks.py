@@ -16,8 +16,11 @@ from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling import error_response
+from vllm.entrypoints.serve.exception_handling.handlers import http, validation
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.forward_context import create_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -253,3 +256,11 @@ def test_v2_runner() -> None:
     assert {"req_ids", "query_start_loc_np", "seq_lens", "seq_lens_cpu_upper_bound", "num_tokens_after_padding"} <= set(
         parameters(InputBatch)
     )
+
+
+def test_off_the_loop() -> None:
+    """Where messages are looked through for paths, and the coroutines that make the answers of /tokenize and /detokenize."""
+    for module in (error_response, http, validation):
+        assert "message=sanitize_message(" in inspect.getsource(module)
+    for create in (ServingTokenization.create_tokenize, ServingTokenization.create_detokenize):
+        assert parameters(create) == ["self", "request", "raw_request"] and inspect.iscoroutinefunction(create)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +67,8 @@ def _show_ours(parser: Any) -> None:
     group = parser.add_argument_group("memdec")
     flags.add(group, Options)
     flags.add(group, Limits)
+    for action in group._group_actions:
+        action.default = SUPPRESS  # the help says it already, in words
 
 
 def _without_ours(words: Sequence[str]) -> list[str]:

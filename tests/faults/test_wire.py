@@ -22,8 +22,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from memdec.server.api import linger, protocol
+from memdec.server.api.access import Access
 from memdec.server.api.keys import Key
-from memdec.server.api.middleware import ApiKey, BodyLimit
+from memdec.server.api.middleware import BodyLimit
 
 LIMIT = 100_000
 LARGE = b"x" * (8 << 20)  # more than the kernel's buffers take
@@ -65,7 +66,7 @@ async def slow(request: Request) -> Response:
 def port() -> Iterator[int]:
     """Where a server with our protocol and layers listens; it has one key, `key`."""
     app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"]), Route("/endless", endless), Route("/slow", slow)])
-    guarded = ApiKey(BodyLimit(app, LIMIT, seconds=1), [Key.of("key", "key")])
+    guarded = Access(BodyLimit(app, LIMIT, seconds=1), [Key.of("key", "key")], admin=None)
     found = free_port()
     config = uvicorn.Config(
         guarded, "127.0.0.1", found, http=protocol.BoundedHttp, ws="none", lifespan="off", timeout_keep_alive=1, loop="uvloop"

@@ -50,7 +50,7 @@ ENV PATH=/venv/bin:$PATH HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 WORKDIR /home/memdec
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=6s --start-period=180s --retries=3 \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/live', timeout=5)"]
 ENTRYPOINT ["memdec", "serve"]
 
 FROM server AS cuda

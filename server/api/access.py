@@ -24,6 +24,7 @@ class Need(Enum):
 NEEDS = {
     "GET /": Need.KEY,
     "GET /health": Need.NOTHING,  # probes have no key
+    "GET /live": Need.NOTHING,
     "GET /version": Need.KEY,
     "GET /metrics": Need.KEY_OF_ALL,  # these three tell of all domains, or of the inside of the engine
     "GET /load": Need.KEY_OF_ALL,

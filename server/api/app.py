@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from memdec.server.api import absent, catalogue, completions, domain_updates, metrics_page, openapi, pages, responses
+from memdec.server.api import absent, catalogue, completions, domain_updates, health, metrics_page, openapi, pages, responses
 from memdec.server.api.access import Access, keep_known
 from memdec.server.api.body import require_sound
 from memdec.server.api.keys import Key
@@ -37,6 +37,7 @@ def assemble(settings: Settings, web: Web, lifespan: Any = None) -> FastAPI:
     app.include_router(completions.router)
     app.include_router(responses.router)
     app.include_router(catalogue.router)
+    app.include_router(health.router)
     if web.tokenizer_info:
         app.include_router(catalogue.tokenizer_router)
     if settings.updates is not None:

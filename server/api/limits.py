@@ -23,6 +23,7 @@ class Limits:
     max_choices: int = flag(128, "answers one request may ask for: n times its prompts (default: 128)", least=1)
     max_concurrent_per_key: int | None = flag(None, "requests under way at once with one API key (default: no limit)", least=1)
     strict_fields: bool = flag(False, "refuse body fields that neither vLLM nor memdec knows, instead of ignoring them")
+    step_timeout: int = flag(60, "seconds an engine with work may go without a step; then /health and /live are 503 (default: 60)", least=1)
     log_json: bool = flag(False, "write the log to stdout as JSON, a line each, one for every request")
     log_prompts: bool = flag(False, "with --log-json: prompts too")
 

@@ -15,6 +15,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from memdec.server.choice import SEGMENT, SLOT, MemoryChoice
 from memdec.server.engine import rag, tracing
 from memdec.server.engine.admission import Admission
+from memdec.server.engine.liveness import Liveness, engines_with_work
 from memdec.server.engine.shadows import Shadows
 from memdec.server.errors import ShuttingDown
 from memdec.server.metrics import NO_LABEL, Timings
@@ -92,6 +93,8 @@ class MemoryEngine(AsyncLLM):
         """The passages of each domain that has some."""
         bound, self.scheduler_config.max_num_queued_reqs = self.scheduler_config.max_num_queued_reqs, None
         self.admission = Admission(bound)
+        self.liveness = Liveness(lambda: engines_with_work(self.engine_core, self.get_num_unfinished_requests()))
+        self.liveness.watch(self.engine_core)
         tracing.install()
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
@@ -152,7 +155,9 @@ class MemoryEngine(AsyncLLM):
             params.extra_args = {**params.extra_args, SLOT: slot}
         self.admitting[slot] += 1
         try:
-            return await super().add_request(request_id, prompt, params, *args, **kwargs)
+            added = await super().add_request(request_id, prompt, params, *args, **kwargs)
+            self.liveness.given()
+            return added
         except ShuttingDown as error:  # vLLM passes on its own kinds of errors alone
             raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from None
         finally:
@@ -184,8 +189,8 @@ class MemoryEngine(AsyncLLM):
         super().check_admission(n, request_id)
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError, which /health answers with 503, while draining and after the engine's death."""
-        if self.draining:
+        """Raise EngineDeadError, which /health answers with 503, while draining, while the engine hangs and after its death."""
+        if self.draining or self.liveness.hung:
             raise EngineDeadError()
         await super().check_health()
 

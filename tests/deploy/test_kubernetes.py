@@ -92,7 +92,8 @@ def test_the_server_accepts_its_arguments(objects: list[dict[str, Any]], tmp_pat
     assert (args.host, args.port, port["name"]) == ("0.0.0.0", port["containerPort"], "http")
     assert one(objects, "Service")["spec"]["ports"][0]["targetPort"] == "http"
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert server[probe]["httpGet"] == {"path": "/health", "port": "http"}
+        path = "/live" if probe == "livenessProbe" else "/health"  # a server that drains isn't ready, and isn't to be killed
+        assert server[probe]["httpGet"] == {"path": path, "port": "http"}
     pause = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
     assert spec["terminationGracePeriodSeconds"] > pause + args.shutdown_timeout
     # Fewer failures than the drain is long would have the kubelet kill a server that is only finishing its work.

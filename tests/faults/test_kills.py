@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -29,6 +30,7 @@ def own_server(toys: Path, tmp_path: Path, request: pytest.FixtureRequest) -> It
     running = start_server(
         tmp_path / "log.txt", str(toys / "base"), "--decoder", f"a={decoder}", "--max-model-len", "512", "--dtype", "float32",
         "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--shutdown-timeout", str(request.param),
+        "--step-timeout", "3",
     )  # fmt: skip
     yield running
     running.process.kill()
@@ -109,6 +111,7 @@ def test_the_engines_death_ends_streams_and_the_server(own_server: Server) -> No
     shutil.rmtree(decoder)
     answers.append(httpx.post(f"{own_server.url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"])
     assert len(set(answers)) == 1
+    a_stopped_engine_is_noticed(own_server)
     client = Stream(own_server.url)
     client.start()
     assert client.started.wait(60)
@@ -122,6 +125,35 @@ def test_the_engines_death_ends_streams_and_the_server(own_server: Server) -> No
     assert ended_with_an_error(client)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{own_server.url}/health", timeout=5)
+
+
+def a_stopped_engine_is_noticed(server: Server) -> None:
+    """SIGSTOP while it has work: /live and /health turn 503 and say how long it has been; SIGCONT: they are 200 again, and the stream goes on."""
+    assert httpx.get(f"{server.url}/live").json() == {"status": "alive", "seconds_without_a_step": None}
+    client = Stream(server.url)
+    client.start()
+    assert client.started.wait(60)
+    (engine,) = [pid for pid in children(server.process.pid) if b"VLLM" in cmdline(pid)]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        stopped = wait_for_live(server, 503)
+        assert stopped["status"] == "hung" and stopped["seconds_without_a_step"] >= 3
+        assert httpx.get(f"{server.url}/health").status_code == 503
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    assert wait_for_live(server, 200)["status"] == "alive"
+    client.join(120)
+    assert "data: [DONE]" in client.lines[-2:]
+
+
+def wait_for_live(server: Server, status: int) -> dict[str, Any]:
+    """What /live says, as soon as it has this status."""
+    for _ in range(600):
+        answer = httpx.get(f"{server.url}/live", timeout=5)
+        if answer.status_code == status:
+            return dict(answer.json())
+        time.sleep(0.1)
+    raise AssertionError(answer.text)
 
 
 def ended_with_an_error(client: Stream) -> bool:

@@ -38,9 +38,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
@@ -125,6 +126,14 @@ def test_engine_client_hooks() -> None:
     source = inspect.getsource(serve_http)
     assert source.index("engine_client.shutdown") < source.index("server.should_exit = True")
     assert "reuse_port" in parameters(setup_server)
+
+
+def test_liveness() -> None:
+    """Every step's outputs pass one method, looked up anew each time, with the number of their engine; who has which request is known."""
+    assert "await engine_core.get_output_async()" in inspect.getsource(AsyncLLM._run_output_handler)
+    assert "engine_index" in EngineCoreOutputs.__struct_fields__
+    assert 'rank.to_bytes(2, "little") for rank in self.engine_ranks_managed' in inspect.getsource(MPClient.__init__)
+    assert "self.reqs_in_flight[request.request_id] = chosen_engine" in inspect.getsource(DPLBAsyncMPClient)
 
 
 def test_rag_and_shadows() -> None:

@@ -9,7 +9,8 @@ MODE, DOMAIN, LAMBDA, STRIDE, OPEN = "memory", "domain", "lambda", "rag_stride",
 SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a later one; set by the engine
 SLOT = "memory_slot"  # where the domain's decoder was when the request reached the engine; set by the engine
 MAX_SLOT = (1 << 16) - 1  # the largest number of a slot: it travels as two bytes
-RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT, SLOT)
+CLIENT = "memory_client"  # whose share of the engine the request has; set by the engine
+RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT, SLOT, CLIENT)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
     app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
     web.add_vllms_layers(app)
     if settings.keys:
-        app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key)
+        app.add_middleware(KeyConcurrency, limit=limits.max_concurrent_per_key, tokens=limits.max_tokens_per_key, keys=len(settings.keys))
     app.add_middleware(
         Access, keys=settings.keys, admin=Key.of(settings.updates.admin_key, "admin") if settings.updates is not None else None
     )
@@ -96,6 +96,7 @@ def inform(state: Any, settings: Settings, updates: Any = None) -> None:
     vllm_api.equip_responses(state)
     off_loop.tokenise_in_threads(state)
     vllm_api.log_no_client_errors()
+    vllm_api.build_later(state)
     vllm_api.limit_tokens(state, limits.max_prompt_tokens, limits.max_output_tokens)
     # Answers carry the model name that the client asked for, alias included.
     state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base

@@ -12,7 +12,7 @@ from pathlib import Path
 from memdec.decoders.names import DOMAIN, DOMAIN_RULE
 from memdec.server.errors import StartupError
 
-FORMAT = "KEY [name=NAME] [domains=A,B] [concurrent=N]"
+FORMAT = "KEY [name=NAME] [domains=A,B] [concurrent=N] [tokens=N]"
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,16 @@ class Key:
     domains: frozenset[str] | None = None
     """Domains it may use besides the base; None: all."""
     concurrent: int | None = None
-    """Requests under way at once; None: the server's --max-concurrent-per-key."""
+    """Choices under way at once; None: the server's --max-concurrent-per-key."""
+    tokens: int | None = None
+    """Tokens under way, prompts and max_tokens; None: the server's --max-tokens-per-key."""
 
     @classmethod
-    def of(cls, secret: str, name: str, domains: frozenset[str] | None = None, concurrent: int | None = None) -> "Key":
+    def of(
+        cls, secret: str, name: str, domains: frozenset[str] | None = None, concurrent: int | None = None, tokens: int | None = None
+    ) -> "Key":
         """A key from its secret."""
-        return cls(digest(secret.encode()), name, domains, concurrent)
+        return cls(digest(secret.encode()), name, domains, concurrent, tokens)
 
     def may_use(self, domain: str) -> bool:
         """Whether requests with this key may name a domain."""
@@ -82,21 +86,23 @@ def _parse(line: str, name: str) -> Key:
     secret, *options = line.split()
     if not re.fullmatch(r"[!-~]+", secret):
         raise ValueError("the key has other than printable ASCII characters, which no header can carry")
-    domains, concurrent, seen = None, None, set()
+    domains: frozenset[str] | None = None
+    numbers: dict[str, int] = {}
+    seen = set()
     for number, option in enumerate(options, 1):
         what, equals, value = option.partition("=")
-        if not equals or what not in ("name", "domains", "concurrent") or what in seen:
-            raise ValueError(f"option {number} is not one of name=, domains= or concurrent=, each at most once")
+        if not equals or what not in ("name", "domains", "concurrent", "tokens") or what in seen:
+            raise ValueError(f"option {number} is not one of name=, domains=, concurrent= or tokens=, each at most once")
         seen.add(what)
         if what == "name":
             name = _named(value, "name")
         elif what == "domains":
             domains = frozenset(_named(domain, "domain") for domain in value.split(",") if value)
         elif not value.isdecimal() or int(value) < 1:
-            raise ValueError("concurrent is not a whole number from 1")
+            raise ValueError(f"{what} is not a whole number from 1")
         else:
-            concurrent = int(value)
-    return Key.of(secret, name, domains, concurrent)
+            numbers[what] = int(value)
+    return Key.of(secret, name, domains, **numbers)
 
 
 def _named(value: str, what: str) -> str:

@@ -21,7 +21,8 @@ class Limits:
     max_prompt_tokens: int | None = flag(None, "longest prompt accepted (default: the context)", least=1)
     max_output_tokens: int | None = flag(None, "largest max_tokens accepted, and given to who names none (default: the context)", least=1)
     max_choices: int = flag(128, "answers one request may ask for: n times its prompts (default: 128)", least=1)
-    max_concurrent_per_key: int | None = flag(None, "requests under way at once with one API key (default: no limit)", least=1)
+    max_concurrent_per_key: int | None = flag(None, "choices under way at once with one API key (default: no limit)", least=1)
+    max_tokens_per_key: int | None = flag(None, "tokens under way with one API key, prompts and max_tokens (default: no limit)", least=1)
     strict_fields: bool = flag(False, "refuse body fields that neither vLLM nor memdec knows, instead of ignoring them")
     step_timeout: int = flag(60, "seconds an engine with work may go without a step; then /health and /live are 503 (default: 60)", least=1)
     log_json: bool = flag(False, "write the log to stdout as JSON, a line each, one for every request")
@@ -31,8 +32,9 @@ class Limits:
         """Raise StartupError naming an option that has no effect without another. `has_keys`: whether --api-key gives some."""
         if self.log_prompts and not self.log_json:
             raise StartupError("--log-prompts: wanted with --log-json")
-        if self.max_concurrent_per_key is not None and not (self.api_key_file or has_keys):
-            raise StartupError("--max-concurrent-per-key: there are no keys; give --api-key-file or --api-key")
+        for name, value in (("concurrent", self.max_concurrent_per_key), ("tokens", self.max_tokens_per_key)):
+            if value is not None and not (self.api_key_file or has_keys):
+                raise StartupError(f"--max-{name}-per-key: there are no keys; give --api-key-file or --api-key")
 
     def keys(self, given: Iterable[str], domains: Iterable[str]) -> tuple[Key, ...]:
         """The keys of the file and of `--api-key`. Raises StartupError; warns of names of domains that aren't loaded."""

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from memdec.server import metrics
 from memdec.server.api.keys import Key
 from memdec.server.api.routed import route_of
+from memdec.server.engine.admission import Account, Client, account
 from memdec.server.errors import BodyTooLarge, BodyTooSlow, MemdecError, RequestError, TooManyRequests
 from memdec.server.logs import REQUESTS
 from memdec.server.routing.domains import NONE
@@ -58,27 +59,43 @@ class RequestId:
 
 
 class KeyConcurrency:
-    """429 for a request of a key that has as many under way as it may."""
+    """Counts what each key has under way, and refuses a request of one that has as much as it may: 429."""
 
-    def __init__(self, app: ASGIApp, limit: int | None) -> None:
-        self.app, self.limit = app, limit
-        self.running: dict[str, int] = {}
+    def __init__(self, app: ASGIApp, limit: int | None, tokens: int | None = None, keys: int = 1) -> None:
+        """`limit` choices and `tokens` are for keys that have none of their own; `keys` is how many there are."""
+        self.app, self.limit, self.tokens, self.keys = app, limit, tokens, keys
+        self.clients: dict[str, Client] = {}
+
+    @property
+    def running(self) -> dict[str, int]:
+        """Choices under way by key."""
+        return {name: client.choices for name, client in self.clients.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count a request from its first byte to the last of its answer, or to the client's leaving."""
+        """Count a request from its first byte to the last of its answer, or to the client's leaving; its choices and tokens as soon as they are known."""
         key: Key | None = scope.get("state", {}).get("key")
-        limit = None if key is None else key.concurrent or self.limit
-        if key is None or limit is None or scope["method"] != "POST":
+        if key is None or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        if self.running.get(key.name, 0) >= limit:
-            await _respond(TooManyRequests(f"This API key has {limit} requests under way, its limit."), scope, receive, send)
+        mine = Account(self._client(key))
+        try:
+            mine.ask(1)
+        except TooManyRequests as error:
+            await _respond(error, scope, receive, send)
             return
-        self.running[key.name] = self.running.get(key.name, 0) + 1
+        token = account.set(mine)
         try:
             await self.app(scope, receive, send)
         finally:
-            self.running[key.name] -= 1
+            account.reset(token)
+            mine.close()
+
+    def _client(self, key: Key) -> Client:
+        found = self.clients.get(key.name)
+        if found is None:
+            limits = key.concurrent or self.limit, key.tokens or self.tokens
+            found = self.clients[key.name] = Client(key.name, *limits, peers=self.keys)
+        return found
 
 
 class RetryLater:

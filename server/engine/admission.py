@@ -1,20 +1,86 @@
-"""The bound on requests under way and waiting."""
+"""What may be under way: choices of all together, and choices and tokens of each client with a key."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import count
 
-from memdec.server.errors import QueueFull
+from memdec.server.errors import QueueFull, RequestError, TooManyRequests
+
+NOBODY = ""
+"""Whose requests share one turn: those that nothing tells apart."""
+_numbers = count(1)
+
+
+@dataclass
+class Client:
+    """One API key's work."""
+
+    name: str
+    most_choices: int | None = None
+    most_tokens: int | None = None
+    peers: int = 1
+    """Clients that share the server, itself included."""
+    choices: int = 0
+    """Under way, from the first byte of a request to the last of its answer; a request counts as one before its choices are known."""
+    tokens: int = 0
+    """Of prompts, and the most that the answers may have."""
+
+
+class Account:
+    """What one HTTP request adds to its client's work, until its answer is complete."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.choices, self.tokens = client, 0, 0
+
+    def ask(self, choices: int) -> None:
+        """The request needs so many choices in all. Raises TooManyRequests while others of its client leave too few, RequestError if those never fit."""
+        most, client = self.client.most_choices, self.client
+        if most is not None and choices > most:
+            raise RequestError(f"This request asks for {choices} choices; this API key may have {most} under way.", "n")
+        if most is not None and client.choices - self.choices + choices > most:
+            raise TooManyRequests(f"This API key has {client.choices - self.choices} choices under way; its limit is {most}.")
+        client.choices += choices - self.choices
+        self.choices = choices
+
+    def spend(self, tokens: int) -> None:
+        """The request has so many tokens more. Raises as above."""
+        most, client = self.client.most_tokens, self.client
+        if most is not None and self.tokens + tokens > most:
+            raise RequestError(
+                f"This request may have {self.tokens + tokens:,} tokens; this API key may have {most:,} under way.", "max_tokens"
+            )
+        if most is not None and client.tokens + tokens > most:
+            raise TooManyRequests(f"This API key has {client.tokens:,} tokens under way, prompts and max_tokens; its limit is {most:,}.")
+        client.tokens += tokens
+        self.tokens += tokens
+
+    def close(self) -> None:
+        """The answer is complete, or the client has left."""
+        self.client.choices -= self.choices
+        self.client.tokens -= self.tokens
+        self.choices = self.tokens = 0
+
+
+account: ContextVar[Account | None] = ContextVar("account", default=None)
+"""Of the HTTP request that is being served; None without keys."""
 
 
 class Places:
     """Places that one HTTP request keeps for choices which the engine doesn't have yet."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, client: str) -> None:
+        self.count, self.client = count, client
 
 
 _mine: ContextVar[Places | None] = ContextVar("places", default=None)
+
+
+def turn_of_request() -> str:
+    """In whose turns the engine runs the request that is being served."""
+    places = _mine.get()
+    return NOBODY if places is None else places.client
 
 
 class Admission:
@@ -25,10 +91,19 @@ class Admission:
 
     @contextmanager
     def keep(self, choices: int, under_way: int) -> Iterator[None]:
-        """Keep places within. Raises QueueFull if the engine's requests `under_way` and those on their way to it leave too few."""
-        if self.bound is not None and under_way + self.kept + choices > self.bound:
+        """Keep places within. Raises QueueFull if the engine's requests `under_way` and those on their way to it leave too few.
+
+        A client that has no more than an equal part of the places gets them even so: the queue is full of others' requests.
+        """
+        mine = account.get()
+        if mine is not None:
+            mine.ask(choices)
+        guaranteed = mine is not None and self.bound is not None and mine.client.choices <= self.bound // mine.client.peers
+        if self.bound is not None and under_way + self.kept + choices > self.bound and not guaranteed:
             raise QueueFull("The server has as many requests as it takes. Try again in a few seconds, or on another replica.")
-        places = Places(choices)
+        # Without keys, who asks for many answers at once has turns of its own, and can't stand in the way of all others.
+        name = f"key {mine.client.name}" if mine is not None else f"request {next(_numbers)}" if choices > 1 else NOBODY
+        places = Places(choices, name)
         self.kept += choices
         token = _mine.set(places)
         try:

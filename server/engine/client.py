@@ -7,21 +7,22 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from memdec.server.choice import SEGMENT, SLOT, MemoryChoice
+from memdec.server.choice import CLIENT, SEGMENT, SLOT, MemoryChoice
 from memdec.server.engine import rag, tracing
-from memdec.server.engine.admission import Admission
+from memdec.server.engine.admission import Admission, account, turn_of_request
 from memdec.server.engine.liveness import Liveness, engines_with_work
 from memdec.server.engine.shadows import Shadows
-from memdec.server.errors import ShuttingDown
+from memdec.server.errors import RequestError, ShuttingDown
 from memdec.server.metrics import NO_LABEL, Timings
 from memdec.server.model.timing import PARTS
 from memdec.server.retrieval.rag import PassageFinder
 from memdec.server.routing.domains import DECODER, KNN, NONE, RAG
+from memdec.server.worker.shares import BACKGROUND
 
 
 class TimedOutputProcessor(OutputProcessor):
@@ -73,6 +74,8 @@ class MemoryEngine(AsyncLLM):
 
     draining = False
     shadows: Shadows | None = None
+    takes_priorities = True
+    """Whether clients may give their requests a priority, where the scheduler knows them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,6 +107,9 @@ class MemoryEngine(AsyncLLM):
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
         """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt."""
         choice = MemoryChoice.of(sampling_params)
+        replayed = (getattr(sampling_params, "extra_args", None) or {}).get(CLIENT) == BACKGROUND
+        if rest.get("priority") and not self.takes_priorities and not replayed:
+            raise VLLMValidationError("priority: this server's scheduling policy knows none; leave it out", parameter="priority")
         if choice is None or choice.mode != RAG:
             if self.shadows is not None and choice is not None and choice.mode == DECODER and choice.mixed:
                 self.shadows.offer(prompt, sampling_params, choice.domain)
@@ -149,16 +155,15 @@ class MemoryEngine(AsyncLLM):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
-        slot = 0
-        if choice is not None and choice.mode == DECODER and choice.mixed:
-            params, slot = copy.copy(params), self.slots[choice.domain]
-            params.extra_args = {**params.extra_args, SLOT: slot}
+        slot = self.slots[choice.domain] if choice is not None and choice.mode == DECODER and choice.mixed else 0
+        params = _told(params, slot)
         self.admitting[slot] += 1
         try:
+            _charge(prompt, params)
             added = await super().add_request(request_id, prompt, params, *args, **kwargs)
             self.liveness.given()
             return added
-        except ShuttingDown as error:  # vLLM passes on its own kinds of errors alone
+        except (ShuttingDown, RequestError) as error:  # vLLM passes on its own kinds of errors alone
             raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from None
         finally:
             self.admitting[slot] -= 1
@@ -193,6 +198,28 @@ class MemoryEngine(AsyncLLM):
         if self.draining or self.liveness.hung:
             raise EngineDeadError()
         await super().check_health()
+
+
+def _told(params: Any, slot: int) -> Any:
+    """Parameters that also say, to the worker, where the domain's decoder is, and to the scheduler, whose turn the request waits for."""
+    told: dict[str, Any] = {}
+    if slot:
+        told[SLOT] = slot
+    if client := turn_of_request():
+        told[CLIENT] = client
+    if not told or not hasattr(params, "extra_args"):
+        return params
+    params = copy.copy(params)
+    params.extra_args = {**(params.extra_args or {}), **told}
+    return params
+
+
+def _charge(prompt: Any, params: Any) -> None:
+    """Count a request's tokens for its API key. Raises RequestError if they are too many."""
+    mine, ids = account.get(), prompt.get("prompt_token_ids") if isinstance(prompt, dict) else prompt.prompt_token_ids
+    extra = getattr(params, "extra_args", None) or {}
+    if mine is not None and extra.get(SEGMENT, 0) < 2:  # later passes of one answer are parts of what was counted
+        mine.spend(len(ids or ()) + getattr(params, "n", 1) * (getattr(params, "max_tokens", None) or 0))
 
 
 def cache_salt(choice: MemoryChoice | None, revisions: dict[str, str], client: str | None) -> str | None:

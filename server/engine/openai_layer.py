@@ -10,9 +10,7 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
-from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
-from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.responses.api_router import cancel_responses, create_responses, retrieve_responses
@@ -27,6 +25,7 @@ from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError, VLLMValidationError
 
+from memdec.server.engine.large_answers import build_later, create_chat_completion, create_completion
 from memdec.server.engine.responses import MemoryResponses
 
 __all__ = [
@@ -40,6 +39,7 @@ __all__ = [
     "ResponsesRequest",
     "ResponsesResponse",
     "add_middleware",
+    "build_later",
     "cancel_responses",
     "create_chat_completion",
     "create_completion",

@@ -9,8 +9,9 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from memdec.server import metrics
-from memdec.server.choice import MemoryChoice
+from memdec.server.choice import CLIENT, MemoryChoice
 from memdec.server.routing.domains import KNN, NONE, RAG
+from memdec.server.worker.shares import BACKGROUND
 
 PRIORITY = 1  # behind every client's 0: scheduled last, preempted first
 QUEUED = 32
@@ -61,7 +62,7 @@ def _replayed(params: SamplingParams, choice: MemoryChoice) -> SamplingParams:
     found = params.clone()
     found.n, found.output_kind, found.detokenize = 1, RequestOutputKind.FINAL_ONLY, False
     found.logprobs = found.prompt_logprobs = None
-    found.stop, found.extra_args = [], {**(params.extra_args or {}), **choice.to_extra_args()}
+    found.stop, found.extra_args = [], {**(params.extra_args or {}), **choice.to_extra_args(), CLIENT: BACKGROUND}
     return found
 
 

@@ -27,6 +27,7 @@ def equip(engine: Any, settings: Settings) -> DomainUpdates | None:
     """Give a MemoryEngine its passages, its replays and its metrics' labels; returns what changes its domains, if they may change."""
     models = settings.models
     engine.liveness.limit = settings.limits.step_timeout
+    engine.takes_priorities = not settings.baseline_sample_rate  # then the policy is there for replays alone
     metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
     for domain in models.domains:
         metrics.DOMAIN.labels(domain.name, domain.revision).set(1)

@@ -15,6 +15,7 @@ def set_environment(words: Collection[str]) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "16")  # answers whose tokens are told in one go; others wait
     wait_briefly()
     if small_cpu() and any(word.startswith(SEVERAL) for word in words):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM would give each worker a NUMA node, or cores, of its own

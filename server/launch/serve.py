@@ -1,6 +1,7 @@
 """`memdec serve`: command line -> checked models -> settings -> vLLM's arguments -> engine -> HTTP server -> exit code."""
 
 import asyncio
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ def serve(argv: list[str]) -> int:
 
     from memdec.server.launch.running import run
 
+    sys.setswitchinterval(0.001)  # seconds that the event loop waits for a thread that writes a large answer, each time
     code: int = uvloop.run(run(args, settings))
     return code
 

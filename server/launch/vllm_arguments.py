@@ -135,6 +135,9 @@ def _fill_models(args: Namespace, models: Models) -> None:
         args.worker_cls = worker_class()
 
 
+FAIR = "memdec.server.worker.fair.fair_scheduler"  # not imported: it is the engine's process that needs it
+
+
 def _fill_engine(args: Namespace, settings: Settings, given: Collection[str]) -> None:
     """What an engine of ours needs otherwise than vLLM's defaults."""
     on_cpu = not torch.cuda.is_available()
@@ -144,6 +147,8 @@ def _fill_engine(args: Namespace, settings: Settings, given: Collection[str]) ->
         if "--scheduling-policy" in given and args.scheduling_policy != "priority":
             raise StartupError("--scheduling-policy: wanted priority with --baseline-sample-rate; replays come after clients")
         args.scheduling_policy = "priority"  # replays come after clients; equal priorities are served in the order they came
+    if args.scheduler_cls is None:
+        args.scheduler_cls = FAIR
     if args.structured_outputs_config.backend == "auto":
         # The front end would choose by request, the engine once: what the one accepts could fail in the other.
         args.structured_outputs_config.backend = "xgrammar"

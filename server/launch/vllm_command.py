@@ -50,7 +50,7 @@ def _filled(args: Namespace, settings: Settings) -> dict[str, Any]:
         "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,
         "--scheduling-policy": args.scheduling_policy if settings.baseline_sample_rate else None,
         "--speculative-config": json.dumps(args.speculative_config) if args.speculative_config else None,
-        "--scheduler-cls": args.scheduler_cls if args.speculative_config else None,
+        "--scheduler-cls": args.scheduler_cls,
         "--logging-config": json.dumps({"formatter": "json"}) if json_log else None,
         "--disable-uvicorn-access-log": json_log or None,  # ours says more
     }
@@ -97,6 +97,8 @@ def require_one_process(settings: Settings, count: int) -> None:
     for option, given in (
         ("--enable-domain-updates", settings.updates is not None),
         ("--max-concurrent-per-key", settings.limits.max_concurrent_per_key is not None),
+        ("--max-tokens-per-key", settings.limits.max_tokens_per_key is not None),
+        ("tokens= in --api-key-file", any(key.tokens is not None for key in settings.keys)),
         ("concurrent= in --api-key-file", any(key.concurrent is not None for key in settings.keys)),
     ):
         if given:

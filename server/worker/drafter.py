@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import override_forward_context
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from memdec.server.model.routing import NONE_KNOWN
 from memdec.server.worker.draft_length import DraftLengths
+from memdec.server.worker.fair import FairScheduler
 
 
-class DraftingScheduler(Scheduler):
-    """vLLM's scheduler, which also reserves KV-cache slots for the tokens that are being drafted."""
+class DraftingScheduler(FairScheduler):
+    """Our scheduler, which also reserves KV-cache slots for the tokens that are being drafted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -10,9 +10,12 @@ from fastapi.routing import APIRoute
 from starlette.applications import Starlette
 from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.config.compilation import CompilationConfig
+from vllm.config.scheduler import SchedulerConfig
 from vllm.distributed import parallel_state
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -37,6 +40,7 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import SamplingParams
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -126,6 +130,22 @@ def test_engine_client_hooks() -> None:
     source = inspect.getsource(serve_http)
     assert source.index("engine_client.shutdown") < source.index("server.should_exit = True")
     assert "reuse_port" in parameters(setup_server)
+
+
+def test_fair_shares() -> None:
+    """What sits a step out is passed over by an attribute; what waits is in one queue; who is preempted goes back there; large answers are built last."""
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.current_step += 1" in source and "if self.current_step < request.next_decode_eligible_step:" in source
+    assert "request_queue = self.waiting" in source and "self.max_num_running_reqs" not in inspect.getsource(Scheduler._preempt_request)
+    assert parameters(Scheduler._preempt_request) == ["self", "request", "timestamp", "drop_stale_output"]
+    assert "self.waiting.prepend_request(request)" in inspect.getsource(Scheduler._preempt_request)
+    assert {"add_request", "remove_requests"} <= set(dir(RequestQueue))
+    assert "self.scheduler: SchedulerInterface = Scheduler(\n            vllm_config=vllm_config" in inspect.getsource(EngineCore.__init__)
+    assert "resolve_obj_by_qualname(self.scheduler_cls)" in inspect.getsource(SchedulerConfig.get_scheduler_cls)
+    assert "return response" in inspect.getsource(OpenAIServingCompletion._create_completion)
+    assert "self.request_output_to_completion_response(" in inspect.getsource(OpenAIServingCompletion._create_completion)
+    assert parameters(OpenAIServingChat.chat_completion_full_generator)[:3] == ["self", "request", "result_generator"]
+    assert "return await self.chat_completion_full_generator(" in inspect.getsource(OpenAIServingChat)
 
 
 def test_liveness() -> None:

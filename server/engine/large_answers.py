@@ -1,0 +1,109 @@
+"""vLLM's two answering routes, with large answers built and written in a thread: a choice's log-probabilities are thousands of objects.
+
+vLLM builds all choices of an answer, and its JSON, in one go on the event loop: 128 choices with log-probabilities stop it for seconds. An upstream
+answer that is written choice by choice would let us drop this.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+
+LARGE = 2000  # tokens and log-probabilities of an answer: some ten milliseconds
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """An answer whose outputs are all there."""
+
+    build: Callable[[], Any]
+
+    def written(self) -> tuple[bytes, int]:
+        """JSON, as JSONResponse writes it, and the HTTP status. Choice by choice: the interpreter changes threads between two of them."""
+        answer = self.build()
+        if isinstance(answer, ErrorResponse):
+            return _json(answer.model_dump()), answer.error.code
+        head = answer.model_copy(update={"choices": []}).model_dump()
+        choices = b",".join(_json(choice.model_dump()) for choice in answer.choices)
+        fields = (_json(name) + b":" + (b"[" + choices + b"]" if name == "choices" else _json(value)) for name, value in head.items())
+        return b"{" + b",".join(fields) + b"}", 200
+
+
+@with_cancellation
+@load_aware_call
+async def create_completion(request: CompletionRequest, raw_request: Any) -> Response:
+    """The route of /v1/completions."""
+    return await _answer(raw_request.app.state.openai_serving_completion.create_completion, request, raw_request)
+
+
+@with_cancellation
+@load_aware_call
+async def create_chat_completion(request: ChatCompletionRequest, raw_request: Any) -> Response:
+    """The route of /v1/chat/completions."""
+    return await _answer(raw_request.app.state.openai_serving_chat.create_chat_completion, request, raw_request)
+
+
+async def _answer(create: Callable[..., Any], request: Any, raw_request: Any) -> Response:
+    """What vLLM's own routes do with what its serving objects make, but for what is unbuilt."""
+    made = await create(request, raw_request)
+    headers = metrics_header(raw_request.headers.get("endpoint-load-metrics-format", ""))
+    if isinstance(made, Unbuilt):
+        body, status = await asyncio.to_thread(made.written)
+        return Response(body, status, headers, media_type="application/json")
+    if isinstance(made, ErrorResponse):
+        return JSONResponse(made.model_dump(), made.error.code)
+    if hasattr(made, "model_dump"):
+        return JSONResponse(made.model_dump(), headers=headers)
+    args = getattr(raw_request.app.state, "args", None)
+    events = with_sse_keep_alive(made, float(getattr(args, "sse_keep_alive_interval", 0)))
+    return StreamingResponse(events, media_type="text/event-stream")
+
+
+def build_later(state: Any) -> None:
+    """Have the app's serving objects leave large answers unbuilt."""
+    completion, chat = state.openai_serving_completion, state.openai_serving_chat
+    build, full = completion.request_output_to_completion_response, chat.chat_completion_full_generator
+
+    def completed(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        later = partial(build, outputs, *args, **kwargs)
+        return Unbuilt(later) if sum(map(size, outputs)) > LARGE else later()
+
+    async def chatted(request: Any, results: AsyncIterator[Any], *args: Any, **kwargs: Any) -> Any:
+        final = None
+        try:
+            async for result in results:
+                final = result
+        except asyncio.CancelledError:
+            return chat.create_error_response("Client disconnected")
+        if final is None or size(final) <= LARGE:
+            return await full(request, _only(final), *args, **kwargs)
+        return Unbuilt(lambda: asyncio.run(full(request, _only(final), *args, **kwargs)))
+
+    completion.request_output_to_completion_response = completed
+    chat.chat_completion_full_generator = chatted
+
+
+def size(output: Any) -> int:
+    """Tokens and log-probabilities of one prompt's answers."""
+    own = sum(len(step or ()) for step in output.prompt_logprobs or ())
+    return own * len(output.outputs) + sum(len(o.token_ids) + sum(map(len, o.logprobs or ())) for o in output.outputs)
+
+
+async def _only(result: Any) -> AsyncIterator[Any]:
+    """What there is, and no more."""
+    if result is not None:
+        yield result
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

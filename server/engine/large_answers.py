@@ -39,18 +39,18 @@ class Unbuilt:
         return b"{" + b",".join(fields) + b"}", 200
 
 
-@with_cancellation
-@load_aware_call
-async def create_completion(request: CompletionRequest, raw_request: Any) -> Response:
-    """The route of /v1/completions."""
+async def _complete(request: CompletionRequest, raw_request: Any) -> Response:
     return await _answer(raw_request.app.state.openai_serving_completion.create_completion, request, raw_request)
 
 
-@with_cancellation
-@load_aware_call
-async def create_chat_completion(request: ChatCompletionRequest, raw_request: Any) -> Response:
-    """The route of /v1/chat/completions."""
+async def _chat(request: ChatCompletionRequest, raw_request: Any) -> Response:
     return await _answer(raw_request.app.state.openai_serving_chat.create_chat_completion, request, raw_request)
+
+
+create_completion: Any = with_cancellation(load_aware_call(_complete))
+"""The route of /v1/completions."""
+create_chat_completion: Any = with_cancellation(load_aware_call(_chat))
+"""The route of /v1/chat/completions."""
 
 
 async def _answer(create: Callable[..., Any], request: Any, raw_request: Any) -> Response:

@@ -24,7 +24,7 @@ REFUSED = {
     "data_parallel_multi_port_external_lb": SUPERVISOR,
     "lora_modules": "adapters don't work with memory decoders yet; leave it out",
     "trust_request_mm_kwargs": "models that take images or sound aren't served; leave it out",
-    "tool_server": NO_ROUTE,
+    "tool_server": "tools that the server itself runs were not tried with memory decoders; leave it out",
     "cohere_is_reasoning_model": NO_ROUTE,
     "anthropic_disabled_thinking_effort": NO_ROUTE,
     "enable_flash_late_interaction": "pooling models aren't served; leave it out",

@@ -3,6 +3,7 @@
 import json
 import shlex
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ from memdec import flags
 from memdec.server.api.settings import Settings
 from memdec.server.checked_models import Models
 from memdec.server.errors import StartupError
-from memdec.server.launch.options import ADMIN_KEY, CommandLine, Options, check, parse
+from memdec.server.launch.options import ADMIN_KEY, CommandLine, check, parse
 from memdec.server.routing.domains import Domain, Domains
 
+# What the composite's configuration or vLLM's own options say already, or nobody should read, and its default.
+NOT_CARRIED: dict[str, Any] = {
+    "decoder": (), "decoder_dir": (), "datastore": (), "skip_broken_datastores": False, "speculate": None, "print_vllm": False, "admin_key": None,
+}  # fmt: skip
 PLUGINS = "VLLM_PLUGINS=memdec,memdec_routes VLLM_USE_V2_MODEL_RUNNER=0"
 
 
@@ -58,13 +63,8 @@ def _filled(args: Namespace, settings: Settings) -> dict[str, Any]:
 
 def carried(composite: dict[str, Any], line: CommandLine, settings: Settings) -> dict[str, Any]:
     """The composite's configuration with our options in it: they can't be lost on the way without losing the decoders too."""
-    updates = settings.updates
-    ours = Options(
-        baseline_sample_rate=settings.baseline_sample_rate,
-        enable_domain_updates=updates is not None,
-        max_decoders=updates.slots if updates is not None else None,
-        domain_root=updates.roots if updates is not None else (),
-    )
+    slots, roots = (settings.updates.slots, settings.updates.roots) if settings.updates is not None else (None, ())
+    ours = replace(line.options, max_decoders=slots, domain_root=roots, **NOT_CARRIED)
     return {**composite, "served": {**composite["served"], "options": [*flags.words(ours), *flags.words(line.limits)]}}
 
 

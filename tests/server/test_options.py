@@ -24,7 +24,7 @@ from memdec.server.launch.front_end import HONOURED, REFUSED, REFUSED_OF_THE_ENG
 from memdec.server.launch.options import ADMIN_KEY, OURS, CommandLine, check, parse
 from memdec.server.launch.serve import settle
 from memdec.server.launch.vllm_arguments import fill, parse_vllm
-from memdec.server.launch.vllm_command import require_one_process, settings_of, vllm_command
+from memdec.server.launch.vllm_command import NOT_CARRIED, require_one_process, settings_of, vllm_command
 
 HEAVY = ("torch", "transformers", "vllm", "numpy", "fastapi")
 
@@ -152,35 +152,15 @@ def everything(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     (tmp_path / "keys").touch(0o600)
     (tmp_path / "keys").write_text("sk-lab name=lab domains=a\n")
     monkeypatch.chdir(tmp_path)
-    words = [
-        "--api-key-file",
-        "keys",
-        "--max-body-bytes",
-        "1000",
-        "--max-prompt-tokens",
-        "5",
-        "--max-output-tokens",
-        "6",
-        "--max-choices",
-        "7",
-    ]
-    words += ["--max-concurrent-per-key", "2", "--log-json", "--log-prompts", "--baseline-sample-rate", "0.25", "--enable-domain-updates"]
+    limits = "--max-body-bytes 1000 --max-prompt-tokens 5 --max-output-tokens 6 --max-choices 7 --max-concurrent-per-key 2 --strict-fields --domain-load-timeout 9"
+    words = f"--api-key-file keys --log-json --log-prompts --baseline-sample-rate 0.25 --enable-domain-updates {limits}".split()
     return [*words, "--domain-root", str(toys), "--max-decoders", "3", "--api-key", "sk-one", "--speculate", "3"]
 
 
 def test_the_printed_command_carries_all_of_ours(toys: Path, everything: list[str]) -> None:
     """Settings made from it, by vLLM's parser alone, are those of `memdec serve`. A new option is carried too, or fails here."""
     line, settings, args = given(toys, *everything)
-    left_out = {
-        "decoder",
-        "decoder_dir",
-        "datastore",
-        "skip_broken_datastores",
-        "speculate",
-        "print_vllm",
-        "admin_key",
-    }  # in the models, or vLLM's
-    for options, without in ((line.options, left_out), (line.limits, set())):
+    for options, without in ((line.options, NOT_CARRIED), (line.limits, {})):
         for f in fields(options):
             assert f.name in without or getattr(options, f.name) != f.default, f.name
     words = shlex.split(vllm_command(args, line, settings))

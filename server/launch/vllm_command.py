@@ -32,7 +32,7 @@ def vllm_command(args: Namespace, line: CommandLine, settings: Settings) -> str:
     theirs.remove(args.model_tag)
     options = {option: value for option, value in _filled(args, settings).items() if value is not None and option not in line.given}
     added = [word for option, value in options.items() for word in ([option] if value is True else [option, str(value)])]
-    if line.api_keys:
+    if "--api-key" in line.given:  # what VLLM_API_KEY holds stays in the environment
         added += ["--api-key", *line.api_keys]
     overrides = json.dumps({**args.hf_overrides, "memory_decoder": carried(args.hf_overrides["memory_decoder"], line, settings)})
     command = ["vllm", "serve", args.model, *theirs, "--served-model-name", *args.served_model_name, *added, "--hf-overrides", overrides]

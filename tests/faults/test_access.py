@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 
+from memdec.server.api import absent
 from memdec.server.api.access import keep_known
 from memdec.server.api.keys import Key
 
@@ -34,6 +35,10 @@ POLICY = {
     "DELETE /v1/domains/{name}": ADMINS,
     "POST /v1/completions": USERS,
     "POST /v1/chat/completions": USERS,
+    "POST /v1/responses": USERS,
+    "GET /v1/responses/{response_id}": USERS,
+    "POST /v1/responses/{response_id}/cancel": USERS,
+    "GET /tokenizer_info": USERS,
     "POST /tokenize": USERS,
     "POST /detokenize": USERS,
 }
@@ -49,7 +54,7 @@ def bearer(key: str | None) -> list[tuple[bytes, bytes]]:
 
 def path_of(entry: str) -> str:
     """One path that a route takes."""
-    return entry.split()[1].replace("{name:path}", "base").replace("{name}", "a")
+    return entry.split()[1].replace("{name:path}", "base").replace("{name}", "a").replace("{response_id}", "r")
 
 
 def spellings(path: str) -> list[str]:
@@ -80,13 +85,17 @@ async def walk(app: FastAPI) -> set[tuple[str, str]]:
 
 def test_every_route_method_spelling_and_key() -> None:
     """Whoever gets through to a route may use it, and whoever may use it gets through."""
-    with assembled(KEYS) as (app, _):
+    with assembled(KEYS, enable_tokenizer_info_endpoint=True) as (app, _):
+        refused = absent.UNMIXED.keys() | absent.NEVER.keys()  # these tell what isn't served, to whoever has a key
+        routes = [route for route in app.routes if isinstance(route, Route) and route.path not in refused]
+        served = {f"{method} {route.path}" for route in routes for method in (route.methods or set()) - {"HEAD"}}
+        assert served == POLICY.keys(), "a route came or went: who may use it?"
         assert asyncio.run(walk(app)) == {(who, entry) for entry, allowed in POLICY.items() for who in allowed}
 
 
 def test_a_trailing_slash_is_nothing() -> None:
     """With it, a route serves and refuses whom it does without."""
-    with assembled(KEYS) as (app, _):
+    with assembled(KEYS, enable_tokenizer_info_endpoint=True) as (app, _):
         for entry in POLICY:
             for key in SENT.values():
                 method, path = entry.split()[0], path_of(entry)
@@ -96,7 +105,7 @@ def test_a_trailing_slash_is_nothing() -> None:
 
 def test_without_keys() -> None:
     """All is open but what changes domains."""
-    with assembled() as (app, _):
+    with assembled(enable_tokenizer_info_endpoint=True) as (app, _):
         for entry, allowed in POLICY.items():
             for key in (None, "sk-wrong"):
                 status, _, _ = asyncio.run(ask(app, entry.split()[0], path_of(entry), *bearer(key)))

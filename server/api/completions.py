@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from memdec.server.api.body import ChatCompletion, Completion, require_sound
 from memdec.server.api.catalogue import offered, require_model
-from memdec.server.api.fields import require_effective, require_shown_tools
+from memdec.server.api.fields import pin_forced_calls, require_effective, require_shown_tools
 from memdec.server.api.limits import Limits
 from memdec.server.api.openapi import with_memory
 from memdec.server.choice import RESERVED, MemoryChoice
@@ -53,6 +53,7 @@ async def answer(handler: Any, request: Any, raw_request: Request) -> Response:
     state = raw_request.app.state
     require_effective(request, state.limits.strict_fields)
     require_shown_tools(request, getattr(state.args, "tools_shown", True))
+    pin_forced_calls(request)
     choices = _choices(request, raw_request)
     selection = _select(request, raw_request)
     raw_request.state.selection = selection  # for the metrics and the log

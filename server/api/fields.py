@@ -51,6 +51,16 @@ def require_shown_tools(request: BaseModel, shown: bool) -> None:
         )
 
 
+def pin_forced_calls(request: BaseModel) -> None:
+    """Have a forced call's arguments follow their schema, unless the client says `strict: false`. vLLM leaves them free without `strict`."""
+    if getattr(request, "tool_choice", None) in (None, "auto", "none"):
+        return
+    for tool in getattr(request, "tools", None) or ():
+        function = getattr(tool, "function", tool)  # a chat's tool holds a function, a response's is one
+        if getattr(function, "strict", False) is None:
+            function.strict = True
+
+
 def _is_neutral(name: str, value: Any, request: BaseModel) -> bool:
     """Whether an old field asks for what happens anyway; null is not given, as everywhere."""
     return value is None or value is False or (name == "best_of" and value in (1, getattr(request, "n", 1)))

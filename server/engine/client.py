@@ -17,6 +17,7 @@ from memdec.server.engine import rag, tracing
 from memdec.server.engine.admission import Admission, account, turn_of_request
 from memdec.server.engine.liveness import Liveness, engines_with_work
 from memdec.server.engine.shadows import Shadows
+from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError, ShuttingDown
 from memdec.server.metrics import NO_LABEL, Timings
 from memdec.server.model.timing import PARTS
@@ -145,7 +146,7 @@ class MemoryEngine(AsyncLLM):
         A client's own salt is namespaced, or it could name another domain's blocks. Lambda changes no KV, so requests that
         differ in it alone share blocks.
         """
-        choice = MemoryChoice.of(params)
+        params, choice = bounded(params), MemoryChoice.of(params)
         if choice is not None and choice.domain not in self.revisions:
             # The routes have checked it: it was unloaded since.
             raise VLLMNotFoundError(f"The domain {choice.domain!r} does not exist any more. Valid domains: {', '.join(self.revisions)}.")

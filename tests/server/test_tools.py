@@ -1,17 +1,23 @@
 """Tools: the parser that the base's template asks for; calls are answered, and forced ones follow their schema."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import xgrammar
 from asking import chat
+from toys import BASE_ROWS
+from vllm.parser.parser_manager import ParserManager
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tool_parsers import ToolParserManager
 
-from memdec.decoders.tokenizer import CHAT_TEMPLATE
+from memdec.decoders.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from memdec.server.api.body import ChatCompletion, ResponseRequest
-from memdec.server.api.fields import require_shown_tools
+from memdec.server.api.fields import pin_forced_calls, require_shown_tools
+from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError
 from memdec.server.launch.tools import FORCED, MARKS, choose_parser, parser_for
 
@@ -72,3 +78,53 @@ def test_tools_are_answered(http: httpx.Client, domain: str | None) -> None:
     assert shown.json()["usage"]["prompt_tokens"] > plain.json()["usage"]["prompt_tokens"]
     told = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "1", "content": "rain"}]  # fmt: skip
     assert chat(http, domain=domain, tools=TOOLS, messages=told).status_code == 200
+
+
+def test_structural_tags_bound_their_white_space() -> None:
+    """JSON inside of them, however deep; a client's own bound, other formats and what a schema says stay."""
+    schema = {"type": "object", "properties": {"type": {"const": "json_schema"}}}
+    tag = {
+        "type": "structural_tag",
+        "format": {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": schema}, "end": ""},
+    }
+    given = SamplingParams(structured_outputs=StructuredOutputsParams(structural_tag=json.dumps(tag)))
+    found = json.loads(bounded(given).structured_outputs.structural_tag)
+    assert found["format"]["content"] == {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": 1}
+    assert json.loads(given.structured_outputs.structural_tag) == tag, "the caller's stays"  # type: ignore[union-attr, arg-type]
+    own = {"type": "json_schema", "json_schema": True, "max_whitespace_cnt": 7}
+    kept = SamplingParams(structured_outputs=StructuredOutputsParams(structural_tag=json.dumps(own)))
+    assert json.loads(bounded(kept).structured_outputs.structural_tag) == own
+    for params in (SamplingParams(), SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))):
+        assert bounded(params) is params
+
+
+def test_forced_calls_are_strict() -> None:
+    """Unless the client says otherwise; those that the model may choose stay as they were."""
+    for choice, strict, wanted in (("required", None, True), ("required", False, False), ("auto", None, None)):
+        chats = ChatCompletion(messages=[{"role": "user", "content": "x"}], tool_choice=choice, tools=[{"type": "function", "function": {"name": "f", "strict": strict}}])  # fmt: skip
+        pin_forced_calls(chats)
+        assert chats.tools[0].function.strict is wanted
+        flat = ResponseRequest(input="x", tool_choice=choice, tools=[{"type": "function", "name": "f", "parameters": {}, "strict": strict}])
+        pin_forced_calls(flat)
+        assert flat.tools[0].strict is wanted
+
+
+def test_the_grammar_of_a_forced_call(toys: Path) -> None:
+    """As vLLM makes it for hermes' form: arguments that the schema allows, without white space to fill an answer with."""
+    tokenizer = load_tokenizer(toys / "base")
+    parser = ParserManager.get_parser(tool_parser_name="hermes", enable_auto_tools=True, tokenizer=tokenizer)
+    chats = ChatCompletion(messages=[{"role": "user", "content": "x"}], tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    pin_forced_calls(chats)
+    asked = parser(tokenizer, chats.tools).adjust_request(chats)
+    tag = bounded(SamplingParams(structured_outputs=asked.structured_outputs)).structured_outputs.structural_tag
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=BASE_ROWS))
+    grammar = compiler.compile_structural_tag(tag)
+    for arguments, allowed in (
+        ('{"city": "Rome", "days": 3}', True),
+        ('{"city": "Paris", "days": 3}', False),
+        ('{"city": "Rome"}', False),
+        ('{"city": "Rome", "days": 30}', False),
+        ('{  "city": "Rome", "days": 3}', False),
+    ):
+        call = f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>'
+        assert xgrammar.GrammarMatcher(grammar).accept_string(call) is allowed, arguments

@@ -10,7 +10,8 @@ SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a
 SLOT = "memory_slot"  # where the domain's decoder was when the request reached the engine; set by the engine
 MAX_SLOT = (1 << 16) - 1  # the largest number of a slot: it travels as two bytes
 CLIENT = "memory_client"  # whose share of the engine the request has; set by the engine
-RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT, SLOT, CLIENT)
+SCORED = "prompt_scored"  # of a request for its prompt alone; set by the front end
+RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT, SLOT, CLIENT, SCORED)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def inform(state: Any, settings: Settings, updates: Any = None) -> None:
         updates.publish = partial(_publish, state)
     vllm_api.equip_responses(state)
     off_loop.tokenise_in_threads(state)
+    vllm_api.put_right(state)
     vllm_api.log_no_client_errors()
     vllm_api.build_later(state)
     vllm_api.limit_tokens(state, limits.max_prompt_tokens, limits.max_output_tokens)

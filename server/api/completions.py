@@ -77,31 +77,38 @@ async def answer(handler: Any, request: Any, raw_request: Request) -> Response:
     if response.status_code == FAILED and _is_constrained(request) and engine.is_running and not engine.draining:
         raise _cannot_be_followed()  # streamed, it comes as an event
     if selection.mode == RAG:
-        response = with_usage(response, retrieved)
+        response = with_usage(response, retrieved, _field(request, "n") or 1)
     response.headers.update(selection.headers())
     return response
 
 
-def with_usage(response: Response, retrieved: Added) -> Response:
-    """The answer with the tokens that retrieval added counted in its usage: vLLM counts the prompt that it is shown, the client's."""
+def with_usage(response: Response, retrieved: Added, n: int) -> Response:
+    """The answer with the tokens that retrieval added counted in its usage: vLLM counts the prompt that it is shown, the client's.
+
+    An event with a choice has the usage of that choice alone; `n` choices share each prompt.
+    """
     if isinstance(response, StreamingResponse):
         events = response.body_iterator
 
         async def counted() -> AsyncIterator[Any]:
             async for event in events:
                 if isinstance(event, str) and event.startswith("data: {") and '"usage":{' in event:
-                    event = f"data: {json.dumps(_counted(json.loads(event[6:]), retrieved), ensure_ascii=False)}\n\n"
+                    body = json.loads(event[6:])
+                    tokens = retrieved.counts[body["choices"][0]["index"] // n].tokens if body.get("choices") else retrieved.tokens
+                    event = f"data: {json.dumps(_counted(body, tokens), ensure_ascii=False)}\n\n"
                 yield event
 
         response.body_iterator = counted()
         return response
     body = json.loads(bytes(response.body))
-    return JSONResponse(_counted(body, retrieved), response.status_code) if "prompt_tokens" in (body.get("usage") or ()) else response
+    return (
+        JSONResponse(_counted(body, retrieved.tokens), response.status_code) if "prompt_tokens" in (body.get("usage") or ()) else response
+    )
 
 
-def _counted(body: dict[str, Any], retrieved: Added) -> dict[str, Any]:
+def _counted(body: dict[str, Any], tokens: int) -> dict[str, Any]:
     for key in ("prompt_tokens", "total_tokens"):
-        body["usage"][key] += retrieved.tokens
+        body["usage"][key] += tokens
     return body
 
 

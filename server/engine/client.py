@@ -12,16 +12,17 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from memdec.server.choice import CLIENT, SEGMENT, SLOT, MemoryChoice
+from memdec.server.choice import CLIENT, SCORED, SEGMENT, SLOT, MemoryChoice
 from memdec.server.engine import rag, tracing
 from memdec.server.engine.admission import Admission, account, turn_of_request
+from memdec.server.engine.answer_scoring import scored
 from memdec.server.engine.liveness import Liveness, engines_with_work
 from memdec.server.engine.shadows import Shadows
 from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError, ShuttingDown
 from memdec.server.metrics import NO_LABEL, Timings
 from memdec.server.model.timing import PARTS
-from memdec.server.retrieval.rag import PassageFinder
+from memdec.server.retrieval.rag import PassageFinder, added
 from memdec.server.routing.domains import DECODER, KNN, NONE, RAG
 from memdec.server.worker.shares import BACKGROUND
 
@@ -106,7 +107,12 @@ class MemoryEngine(AsyncLLM):
         self.output_processor.timings = Timings([(mode, name) for name in self.revisions for mode in (DECODER, NONE)] + retrieved)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
-        """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt."""
+        """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt. Prompts come in their order in the HTTP request."""
+        if (sampling_params.extra_args or {}).get(SCORED):
+            return scored(self._generate, self.model_config, prompt, sampling_params, request_id, **rest)
+        return self._generate(prompt, sampling_params, request_id, **rest)
+
+    def _generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
         choice = MemoryChoice.of(sampling_params)
         replayed = (getattr(sampling_params, "extra_args", None) or {}).get(CLIENT) == BACKGROUND
         if rest.get("priority") and not self.takes_priorities and not replayed:
@@ -115,11 +121,11 @@ class MemoryEngine(AsyncLLM):
             if self.shadows is not None and choice is not None and choice.mode == DECODER and choice.mixed:
                 self.shadows.offer(prompt, sampling_params, choice.domain)
             return super().generate(prompt, sampling_params, request_id, **rest)
-        finder, context = self.finders[choice.domain], self.model_config.max_model_len
+        finder, context, count = self.finders[choice.domain], self.model_config.max_model_len, added.get().of_next_prompt()
         if choice.stride:
             rest["tokenizer"] = self.renderer.tokenizer
-            return rag.retrieve_every(choice.stride, super().generate, finder, context, prompt, sampling_params, request_id, **rest)
-        return rag.retrieve_once(super().generate, finder, context, prompt, sampling_params, request_id, **rest)
+            return rag.retrieve_every(choice.stride, super().generate, finder, context, count, prompt, sampling_params, request_id, **rest)
+        return rag.retrieve_once(super().generate, finder, context, count, prompt, sampling_params, request_id, **rest)
 
     async def step_times(self) -> dict[str, tuple[float, int]]:
         """Part of a step -> seconds and calls since the start; empty without memories."""

@@ -25,6 +25,7 @@ from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError, VLLMValidationError
 
+from memdec.server.engine.answers import put_right
 from memdec.server.engine.large_answers import build_later, create_chat_completion, create_completion
 from memdec.server.engine.responses import MemoryResponses
 
@@ -52,6 +53,7 @@ __all__ = [
     "lifespan",
     "limit_tokens",
     "log_no_client_errors",
+    "put_right",
     "register_instrumentator_api_routers",
     "retrieve_responses",
     "tokenize_router",

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from memdec.server.choice import SEGMENT, MemoryChoice
-from memdec.server.retrieval.rag import PassageFinder, added
+from memdec.server.retrieval.rag import Count, PassageFinder
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]  # AsyncLLM.generate
 NOT_STRIDED = {  # what would have to be carried from one pass to the next, and isn't
@@ -29,24 +29,25 @@ NOT_STRIDED = {  # what would have to be carried from one pass to the next, and 
 
 
 async def retrieve_once(
-    generate: Generate, finder: PassageFinder, context: int, prompt: dict[str, Any], params: SamplingParams, request_id: str, **rest: Any
-) -> AsyncGenerator[RequestOutput, None]:
-    """Outputs of the prompt with a passage before it; what they say of the prompt is the client's own."""
+    generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: dict[str, Any], params: SamplingParams,
+    request_id: str, **rest: Any
+) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    """Outputs of the prompt with a passage before it, which is counted; what they say of the prompt is the client's own."""
     ids = token_ids(prompt)
     room, params = make_room(finder, context, ids, params)
     # A search takes a millisecond or two, in which the event loop would stand still.
     augmented = await asyncio.to_thread(finder.augment, ids, room)
-    added.get().tokens += augmented.passage
+    count.tokens += augmented.passage
     async with aclosing(generate(_with_ids(prompt, augmented.ids), params, request_id, **rest)) as outputs:
         async for output in outputs:
             output.prompt, output.prompt_token_ids = prompt.get("prompt"), list(ids)
-            if output.prompt_logprobs is not None:
+            if output.prompt_logprobs:  # a stream's later outputs have none
                 output.prompt_logprobs = [None, *augmented.without(output.prompt_logprobs)[1:]]  # OpenAI's first is null
             yield output
 
 
 async def retrieve_every(
-    stride: int, generate: Generate, finder: PassageFinder, context: int, prompt: dict[str, Any], params: SamplingParams,
+    stride: int, generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: dict[str, Any], params: SamplingParams,
     request_id: str, tokenizer: Any, **rest: Any
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
     """As above, with a new passage, and so a new pass over passage and context, every `stride` tokens."""
@@ -63,7 +64,7 @@ async def retrieve_every(
     while True:
         piece = _piece(params, min(stride, wanted - len(made)), len(made))
         augmented = await asyncio.to_thread(finder.augment, [*ids, *made], room)
-        added.get().tokens += augmented.passage
+        count.tokens += augmented.passage
         part = {**_with_ids(prompt, augmented.ids), "arrival_time": arrival}
         async with aclosing(generate(part, piece, f"{request_id}-{len(made)}", **rest)) as outputs:
             async for output in outputs:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -15,13 +15,38 @@ T = TypeVar("T")
 
 
 @dataclass
-class Added:
-    """How many tokens retrieval has added to the prompts of one HTTP request: they count as usage."""
+class Count:
+    """How many tokens retrieval has added to one prompt, so far."""
 
     tokens: int = 0
 
 
-added: ContextVar[Added] = ContextVar("added", default=Added())  # noqa: B039  what nobody reads may be shared
+@dataclass
+class Added:
+    """What retrieval has added to each prompt of one HTTP request: it counts as usage."""
+
+    counts: list[Count] = field(default_factory=list)
+
+    def of_next_prompt(self) -> Count:
+        """A count for the request's next prompt."""
+        self.counts.append(Count())
+        return self.counts[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Those of all prompts."""
+        return sum(count.tokens for count in self.counts)
+
+
+class Unread(Added):
+    """Of requests that aren't a client's, such as shadows."""
+
+    def of_next_prompt(self) -> Count:
+        """A count that nobody keeps."""
+        return Count()
+
+
+added: ContextVar[Added] = ContextVar("added", default=Unread())  # noqa: B039  it holds nothing
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The places inside vLLM that we lean on: an upgrade that moves one fails here, by name."""
 
 import inspect
+import re
 from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,9 +13,12 @@ from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.config.compilation import CompilationConfig
 from vllm.config.scheduler import SchedulerConfig
 from vllm.distributed import parallel_state
+from vllm.entrypoints.generate import api_router as generate_routes
+from vllm.entrypoints.generate.base.protocol import StreamOptions
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -167,6 +171,32 @@ def test_rag_and_shadows() -> None:
     assert parameters(IncrementalDetokenizer.get_next_output_text) == ["self", "finished", "delta"]
     assert set(NOT_STRIDED) <= set(SamplingParams.__struct_fields__)
     assert hasattr(AsyncLLM, "collective_rpc")
+
+
+def test_answers() -> None:
+    """The serving objects whose answers are put right: what they call, with what, and the faults that we are there for."""
+    completion, chat = OpenAIServingCompletion, OpenAIServingChat
+    assert {"openai_serving_completion", "openai_serving_chat"} <= set(re.findall(r"state\.(\w+) =", inspect.getsource(generate_routes)))
+    assert parameters(completion.completion_stream_generator)[:4] == ["self", "request", "engine_inputs", "result_generator"]
+    assert parameters(completion.request_output_to_completion_response)[:3] == ["self", "final_res_batch", "request"]
+    assert parameters(completion._create_completion_logprobs) == [
+        *("self", "token_ids", "top_logprobs", "num_output_top_logprobs", "tokenizer", "logprob_token_ids"),
+        *("initial_text_offset", "return_as_token_id"),
+    ]
+    assert parameters(completion.render_completion_request) == parameters(chat.render_chat_request) == ["self", "request"]
+    assert parameters(completion.create_completion) == ["self", "request", "raw_request"]
+    assert parameters(completion._extract_prompt_text) == ["self", "prompt"]
+    assert parameters(chat.chat_completion_stream_generator)[:3] == ["self", "request", "result_generator"]
+    assert parameters(chat._create_chat_logprobs)[:4] == ["self", "token_ids", "top_logprobs", "tokenizer"]
+    assert StreamOptions.model_config["extra"] == "allow"
+    # Each of these gone, and ours may go too.
+    source = inspect.getsource(completion.completion_stream_generator)
+    assert "next_text_offsets[i] = logprobs.text_offset[-1] + len(" in source, "answer_tokens.Place"
+    assert source.count("finish_reason=finish_reason") == 1, "answer_streams.finish_apart"
+    assert 'prompt_text = ""' in source and "not self.return_token_ids" in inspect.getsource(CompletionRequest.build_tok_params), "_echoing"
+    assert "max_tokens if not echo_without_generation else 1" in inspect.getsource(CompletionRequest.to_sampling_params), "answer_scoring"
+    assert "prompt_len == max_prompt_len" in inspect.getsource(InputProcessor), "answer_scoring"
+    assert "list(step_decoded.encode(" in inspect.getsource(chat._create_chat_logprobs), "answer_tokens.bytes_of"
 
 
 def test_domain_updates_and_replicas() -> None:

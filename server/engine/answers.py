@@ -1,0 +1,196 @@
+"""vLLM's OpenAI answers, put right where they are wrong: subclasses of its serving objects, which do to outputs and events what is named here.
+
+What each mends, and what upstream change would let us drop it, is said beside it, here and in answer_tokens, answer_streams and answer_scoring.
+"""
+
+import copy
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionLogProbs, ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionLogProbs, CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMValidationError
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from memdec.server.choice import SCORED
+from memdec.server.engine.answer_streams import Outputs, finish_apart, one_by_one, token_by_token
+from memdec.server.engine.answer_tokens import Place, bytes_of, names_of
+
+SPLIT = "one_event_per_token"  # a field of stream_options
+UNSCORED = Logprob(0.0)  # of a prompt's first token, which has no text yet either
+LEAST = -9999.0  # JSON has no minus infinity; vLLM's, and OpenAI's, number for it
+
+
+def put_right(state: Any) -> None:
+    """Have the app's serving objects, which vLLM has made, answer as here."""
+    state.openai_serving_completion.__class__ = Completions
+    state.openai_serving_chat.__class__ = Chats
+
+
+class Completions(OpenAIServingCompletion):
+    """`/v1/completions`. Each answer is made by a copy of the app's object, which knows where in the text its choices are."""
+
+    next_places: Iterator[Place]
+    """Of the choices whose log-probabilities vLLM makes next, as it calls for them."""
+
+    async def create_completion(self, request: CompletionRequest, raw_request: Any = None) -> Any:
+        """vLLM's. A request to score its prompt says so to the engine's client."""
+        if _is_scoring(request):
+            request.vllm_xargs = {**(request.vllm_xargs or {}), SCORED: 1}
+        return await super().create_completion(request, raw_request)
+
+    async def render_completion_request(self, request: CompletionRequest) -> Any:
+        """The prompts as token ids, those to be echoed also as text: vLLM leaves it out with return_token_ids, and then echoes nothing."""
+        found = await super().render_completion_request(request.model_copy(update={"return_token_ids": False}))
+        return found if _is_scoring(request) else _with_room(found, self.model_config.max_model_len, request.max_tokens)
+
+    def completion_stream_generator(
+        self, request: CompletionRequest, engine_inputs: Any, result_generator: Outputs, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Events of an answer."""
+        outputs = one_by_one(result_generator)
+        if by_token(request):
+            outputs = token_by_token(outputs, partial(self._place, request))
+        mine = copy.copy(self)
+        outputs = mine._followed(request, engine_inputs, outputs)
+        return finish_apart(
+            super(Completions, mine).completion_stream_generator(_generating(request), engine_inputs, outputs, *args, **kwargs)
+        )
+
+    async def _followed(self, request: CompletionRequest, engine_inputs: Any, outputs: Outputs) -> Outputs:
+        """The outputs, while each one's place is the next; the first of a choice with the prompt's text where vLLM leaves it out."""
+        places: dict[tuple[int, int], Place] = {}
+        async for number, output in outputs:
+            (choice,) = output.outputs
+            key = number, choice.index
+            if key not in places:
+                prompt = output.prompt if output.prompt is not None else self._extract_prompt_text(engine_inputs[number])
+                places[key] = self._place(request, output.prompt_token_ids, prompt)
+                output.outputs = [_echoing(request, choice, prompt)]
+            self.next_places = repeat(places[key])
+            yield number, output
+
+    def request_output_to_completion_response(
+        self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A plain answer."""
+        choices = [output for output in final_res_batch for _ in output.outputs]
+        mine = copy.copy(self)  # answers are made in threads, too
+        mine.next_places = (self._place(request, one.prompt_token_ids, one.prompt) for one in choices)
+        for output in final_res_batch:
+            output.outputs = [_echoing(request, choice, output.prompt) for choice in output.outputs]
+        return super(Completions, mine).request_output_to_completion_response(final_res_batch, _generating(request), *args, **kwargs)
+
+    def _place(self, request: CompletionRequest, prompt: Sequence[int] | None = None, text: str | None = None) -> Place:
+        """The beginning of a choice: of the prompt if it is echoed."""
+        told = request.echo and request.logprobs is not None
+        return Place(self.renderer.tokenizer, request.skip_special_tokens, *((prompt or (), text or "") if told else ()))
+
+    def _create_completion_logprobs(
+        self, token_ids: Sequence[int], top_logprobs: Sequence[Any], num_output_top_logprobs: int, tokenizer: Any,
+        logprob_token_ids: list[int] | None = None, return_as_token_id: bool | None = None, **_: Any
+    ) -> CompletionLogProbs:  # fmt: skip
+        """Log-probabilities of a stretch of tokens.
+
+        vLLM's have one entry for all candidates of one text, such as parts of characters, and offsets that count the letters of placeholders. To
+        be dropped when its entries have names of their own, and its offsets come from the text.
+        """
+        by_id = self.return_tokens_as_token_ids if return_as_token_id is None else return_as_token_id
+        found = CompletionLogProbs(text_offset=next(self.next_places).pass_by(token_ids), token_logprobs=[], tokens=[], top_logprobs=[])
+        shown = None if logprob_token_ids or num_output_top_logprobs == -1 else num_output_top_logprobs + 1
+        for token, candidates in zip(token_ids, top_logprobs, strict=False):
+            offered = dict(list((candidates or {token: None}).items())[:shown])
+            texts = {t: self._get_decoded_token(c or UNSCORED, t, tokenizer, by_id) for t, c in offered.items()}
+            names = names_of(tokenizer, texts)
+            found.tokens.append(names[token])
+            found.token_logprobs.append(_floored(candidates[token]) if candidates else None)
+            found.top_logprobs.append({names[t]: _floored(c) for t, c in offered.items()} if candidates else None)
+        return found
+
+
+class Chats(OpenAIServingChat):
+    """`/v1/chat/completions`."""
+
+    async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
+        """The conversation and its prompt as token ids."""
+        asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        return _with_room(await super().render_chat_request(request), self.model_config.max_model_len, asked)
+
+    def chat_completion_stream_generator(
+        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Events of an answer."""
+        outputs = self._split(request, result_generator) if by_token(request) else result_generator
+        return finish_apart(super().chat_completion_stream_generator(request, outputs, *args, **kwargs))
+
+    async def _split(self, request: ChatCompletionRequest, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+        """One token an output."""
+        numbered = ((0, output) async for output in outputs)
+        place = partial(Place, self.renderer.tokenizer, request.skip_special_tokens)
+        async for _, output in token_by_token(one_by_one(numbered), place):
+            yield output
+
+    def _create_chat_logprobs(
+        self, token_ids: Sequence[int], top_logprobs: Sequence[Any], tokenizer: Any, *args: Any, **kwargs: Any
+    ) -> ChatCompletionLogProbs:
+        """vLLM's, with each token's own bytes: vLLM's are those of the text, which a part of a character has not."""
+        found: ChatCompletionLogProbs = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *args, **kwargs)
+        for told, token, candidates in zip(found.content or (), token_ids, top_logprobs, strict=False):
+            told.bytes = list(bytes_of(tokenizer, token))
+            for other, candidate in zip(told.top_logprobs, candidates or (), strict=False):
+                other.bytes = list(bytes_of(tokenizer, candidate))
+        return found
+
+
+def by_token(request: Any) -> bool:
+    """Whether a stream shall have one event a token. Raises VLLMValidationError if that is not said as a boolean."""
+    asked = ((request.stream_options and request.stream_options.model_extra) or {}).get(SPLIT, False)
+    if not isinstance(asked, bool):
+        raise VLLMValidationError(f"stream_options.{SPLIT} must be true or false", parameter="stream_options")
+    return asked
+
+
+def _is_scoring(request: CompletionRequest) -> bool:
+    return bool(request.echo) and request.max_tokens == 0
+
+
+def _generating(request: CompletionRequest) -> CompletionRequest:
+    """The request as the engine was asked: vLLM shows all of the answer, prompt and nothing, if it isn't told that nothing was wanted."""
+    return request.model_copy(update={"max_tokens": 1}) if _is_scoring(request) else request
+
+
+def _echoing(request: CompletionRequest, choice: CompletionOutput, prompt: str | None) -> CompletionOutput:
+    """A choice's first output, with the prompt's text where vLLM takes it for empty: with return_token_ids."""
+    if not (request.echo and request.return_token_ids):
+        return choice
+    found = copy.copy(choice)
+    found.text = (prompt or "") + choice.text
+    return found
+
+
+def _with_room(rendered: Any, context: int, asked: int | None) -> Any:
+    """What was rendered. Raises VLLMValidationError for a prompt that leaves no token of the context for the answer that was asked for.
+
+    vLLM's own check lets it pass, and then finds that max_tokens, whatever the client said, is 0. To be dropped when it doesn't.
+    """
+    if isinstance(rendered, ErrorResponse) or asked == 0:
+        return rendered
+    for one in rendered[1] if isinstance(rendered, tuple) else rendered:  # a chat's come with its conversation
+        if (tokens := len(one.get("prompt_token_ids") or ())) == context:
+            raise VLLMValidationError(
+                f"This model's maximum context length is {context} tokens. However, your prompt contains {tokens} input tokens, "
+                f"which leaves no room for output tokens. Please reduce the length of the input prompt.",
+                parameter="input_tokens",
+                value=tokens,
+            )
+    return rendered
+
+
+def _floored(score: Any) -> float:
+    return max(float(score.logprob), LEAST)

@@ -15,6 +15,7 @@ from memdec.decoders.record import Config, checked
 from memdec.decoders.retrieval import RetrievalPackage
 from memdec.decoders.tokenizer import first_line, load_copied, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from memdec.decoders.weights import CONFIG, check_weights, fingerprint_model, scan
+from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry, Served
 from memdec.server.errors import StartupError
 from memdec.server.naming import parse_named, require_folder
 from memdec.server.routing.domains import Datastore, Domain, Domains
@@ -40,21 +41,13 @@ class Models:
         """vLLM's `hf_overrides`: makes the base's folder load as our composite. Without decoders it stays what it is."""
         if not self.domains.all:
             return {}
-        decoders = [{"name": d.name, "path": d.path, "lambda": d.lam, "revision": d.revision} for d in self.domains]
-        datastores = [{"name": d.name, "path": d.datastore.path} for d in self.domains if d.datastore is not None]
-        return {
-            "architectures": ["MemoryDecoderForCausalLM"],
-            "memory_decoder": {
-                "base_architecture": self.architecture,
-                "decoders": decoders,
-                "datastores": datastores,
-                "slots": max(self.slots, len(decoders)),
-                "served": {
-                    "base": self.domains.base,
-                    "domains": [asdict(d) for d in self.domains],
-                },  # for memdec.server.launch.endpoint_plugin
-            },
-        }
+        return CompositeSpec(
+            self.architecture,
+            tuple(DecoderEntry(d.name, d.path, d.revision) for d in self.domains),
+            tuple(DatastoreEntry(d.name, d.datastore.path) for d in self.domains if d.datastore is not None),
+            max(self.slots, len(self.domains.all)),
+            served=Served(self.domains.base, tuple(asdict(d) for d in self.domains)),
+        ).overrides()
 
 
 def check_models(base: str, decoders: Iterable[str], served_name: str | None = None, hub: Mapping[str, Any] | None = None) -> Models:

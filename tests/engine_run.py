@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -21,14 +22,15 @@ def main(job_path: str, result_path: str) -> None:
     from vllm import LLM, SamplingParams
 
     from memdec.server.choice import SLOT, MemoryChoice
+    from memdec.server.composite_spec import CompositeSpec
     from memdec.server.engine.client import cache_salt
 
     job = json.loads(Path(job_path).read_text())
     llm = LLM(**job["engine"])
     graphs = traced(llm) if job["traced"] else {}
     later = {domain: load(llm, slot, path) for slot, (domain, path) in enumerate(job["later"].items(), 2)}
-    decoders = job["engine"].get("hf_overrides", {}).get("memory_decoder", {}).get("decoders", [])
-    revisions = {d["name"]: d["revision"] for d in decoders} | job["later"]
+    spec = CompositeSpec.of(SimpleNamespace(**job["engine"].get("hf_overrides", {})))
+    revisions = ({entry.name: entry.revision for entry in spec.decoders} if spec is not None else {}) | job["later"]
     prompts: list[Any] = []
     params = []
     for request in job["requests"]:

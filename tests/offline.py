@@ -4,20 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry
 
 Row = tuple[str, str | None, float] | tuple[str, str | None, float, str]
 
 
-def overrides(toys: Path, kind: str, datastores: dict[str, Path]) -> dict[str, Any]:
-    """vLLM's hf_overrides for a base with two toy decoders, and datastores by domain."""
-    decoders = [{"name": n, "path": str(toys / f"{kind}_{n}"), "lambda": 0.6, "revision": f"{kind}{n}"} for n in "ab"]
-    stores = [{"name": name, "path": str(path)} for name, path in datastores.items()]
-    return {
-        "architectures": ["MemoryDecoderForCausalLM"],
-        "memory_decoder": {"base_architecture": "Qwen2ForCausalLM", "decoders": decoders, "datastores": stores},
-    }
+def composite(toys: Path, kind: str, datastores: dict[str, Path]) -> CompositeSpec:
+    """A base with two toy decoders, and datastores by domain."""
+    decoders = tuple(DecoderEntry(name, str(toys / f"{kind}_{name}"), f"{kind}{name}") for name in "ab")
+    return CompositeSpec("Qwen2ForCausalLM", decoders, tuple(DatastoreEntry(name, str(path)) for name, path in datastores.items()))
 
 
 def run(
@@ -28,14 +27,14 @@ def run(
     rounds: int = 1,
     datastores: dict[str, Path] | None = None,
     variables: dict[str, str] | None = None,
-    spec: dict[str, Any] | None = None,
+    changed: dict[str, Any] | None = None,
     traced: bool = False,
     later: dict[str, Path] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Run a batch of (prompt, domain, lambda[, mode]) through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None.
 
-    `variables` are set in the process's environment; `spec` is added to the composite's, `traced` and `later` are told in engine_run.py; `changes` are arguments of the engine, and `sampling`.
+    `variables` are set in the process's environment; `changed` are other fields of the composite's spec, `traced` and `later` are told in engine_run.py; `changes` are arguments of the engine, and `sampling`.
     """
     sampling = {"temperature": 0, "max_tokens": 24, "logprobs": 1, "ignore_eos": True, **changes.pop("sampling", {})}
     engine = {
@@ -43,9 +42,8 @@ def run(
         "max_num_batched_tokens": 64, "enable_chunked_prefill": True, **changes,
     }  # fmt: skip
     if kind is not None:
-        composite = overrides(toys, kind, datastores or {})
-        composite["memory_decoder"] |= spec or {}
-        engine |= {"hf_overrides": composite, "worker_cls": "memdec.server.worker.v1.CPUMemoryWorker"}
+        spec = replace(composite(toys, kind, datastores or {}), **(changed or {}))
+        engine |= {"hf_overrides": spec.overrides(), "worker_cls": "memdec.server.worker.v1.CPUMemoryWorker"}
     requests = [
         {"prompt": p, "domain": d if kind else None, "lambda": lam, "mode": (*mode, "decoder")[0], "sampling": sampling}
         for p, d, lam, *mode in mix

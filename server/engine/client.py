@@ -13,6 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from memdec.server.choice import CLIENT, SCORED, SEGMENT, SLOT, MemoryChoice
+from memdec.server.composite_spec import CompositeSpec
 from memdec.server.engine import rag, tracing
 from memdec.server.engine.admission import Admission, account, turn_of_request
 from memdec.server.engine.answer_scoring import scored
@@ -85,8 +86,9 @@ class MemoryEngine(AsyncLLM):
 
     def equip(self) -> None:
         """What an AsyncLLM lacks: names, slots and metrics of its memories."""
-        composite = getattr(self.vllm_config.model_config.hf_config, "memory_decoder", {"decoders": []})
-        self.revisions: dict[str, str] = {d["name"]: d["revision"] for d in composite["decoders"]}
+        spec = CompositeSpec.of(self.vllm_config.model_config.hf_config)
+        decoders, datastores = (spec.decoders, spec.datastores) if spec is not None else ((), ())
+        self.revisions: dict[str, str] = {entry.name: entry.revision for entry in decoders}
         # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
         self.input_processor.speculative_config = None
         self.slots: dict[str, int] = {name: slot for slot, name in enumerate(self.revisions, 1)}
@@ -103,7 +105,7 @@ class MemoryEngine(AsyncLLM):
         tracing.install()
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
-        retrieved = [(mode, d["name"]) for d in composite.get("datastores", []) for mode in (KNN, RAG)]
+        retrieved = [(mode, entry.name) for entry in datastores for mode in (KNN, RAG)]
         self.output_processor.timings = Timings([(mode, name) for name in self.revisions for mode in (DECODER, NONE)] + retrieved)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from vllm import LLM, SamplingParams
 
 from memdec.server.choice import MemoryChoice
+from memdec.server.composite_spec import CompositeSpec, DecoderEntry
 from memdec.server.launch.vllm_arguments import worker_class
 from memdec.server.routing.domains import DECODER
 from memdec.server.worker.draft_length import drafting
@@ -39,14 +40,8 @@ class OfflineEngine:
         """`decoders` maps domains to folders; with none, this is vLLM without us. `drafter` names a class of memdec.server.worker.drafter."""
         self.composite = bool(decoders)
         if decoders:
-            spec = {
-                "base_architecture": architecture,
-                "decoders": [{"name": name, "path": path, "lambda": 0.6, "revision": name} for name, path in decoders.items()],
-            }
-            options |= {
-                "hf_overrides": {"architectures": ["MemoryDecoderForCausalLM"], "memory_decoder": spec},
-                "worker_cls": worker_class(),
-            }
+            spec = CompositeSpec(architecture, tuple(DecoderEntry(name, path, revision=name) for name, path in decoders.items()))
+            options |= {"hf_overrides": spec.overrides(), "worker_cls": worker_class()}
         if drafted:
             options |= drafting(drafted, drafter or "MemoryDrafter")
         self.llm = LLM(base, enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False, disable_log_stats=False, **options)

@@ -3,13 +3,14 @@
 import json
 import shlex
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from memdec import flags
 from memdec.server.api.settings import Settings
 from memdec.server.checked_models import Models
+from memdec.server.composite_spec import KEY, CompositeSpec, Served, spec_of
 from memdec.server.errors import StartupError
 from memdec.server.launch.options import ADMIN_KEY, CommandLine, check, parse
 from memdec.server.routing.domains import Domain, Domains
@@ -34,7 +35,7 @@ def vllm_command(args: Namespace, line: CommandLine, settings: Settings) -> str:
     added = [word for option, value in options.items() for word in ([option] if value is True else [option, str(value)])]
     if "--api-key" in line.given:  # what VLLM_API_KEY holds stays in the environment
         added += ["--api-key", *line.api_keys]
-    overrides = json.dumps({**args.hf_overrides, "memory_decoder": carried(args.hf_overrides["memory_decoder"], line, settings)})
+    overrides = json.dumps({**args.hf_overrides, **carried(spec_of(args.hf_overrides), line, settings).overrides()})
     command = ["vllm", "serve", args.model, *theirs, "--served-model-name", *args.served_model_name, *added, "--hf-overrides", overrides]
     return f"{PLUGINS} {shlex.join(command)}"
 
@@ -61,28 +62,27 @@ def _filled(args: Namespace, settings: Settings) -> dict[str, Any]:
     }
 
 
-def carried(composite: dict[str, Any], line: CommandLine, settings: Settings) -> dict[str, Any]:
-    """The composite's configuration with our options in it: they can't be lost on the way without losing the decoders too."""
+def carried(spec: CompositeSpec, line: CommandLine, settings: Settings) -> CompositeSpec:
+    """The composite's spec with our options in it: they can't be lost on the way without losing the decoders too."""
     slots, roots = (settings.updates.slots, settings.updates.roots) if settings.updates is not None else (None, ())
     ours = replace(line.options, max_decoders=slots, domain_root=roots, **NOT_CARRIED)
-    return {**composite, "served": {**composite["served"], "options": [*flags.words(ours), *flags.words(line.limits)]}}
+    domains = settings.models.domains
+    options = (*flags.words(ours), *flags.words(line.limits))
+    return replace(spec, served=Served(domains.base, tuple(asdict(d) for d in domains), options))
 
 
 def settings_of(args: Namespace) -> Settings:
     """What `carried` said, in a server of vLLM's. Raises StartupError as the command line itself would."""
-    if "memory_decoder" not in (args.hf_overrides or {}):
-        raise StartupError(
-            "memdec_routes: wanted the command that memdec serve --print-vllm prints; there is no memory_decoder in --hf-overrides"
-        )
-    composite = args.hf_overrides["memory_decoder"]
-    served = composite["served"]
-    domains = Domains(served["base"], tuple(Domain.of(told) for told in served["domains"]))
-    words = [*served.get("options", ()), *(["--api-key", *args.api_key] if args.api_key else [])]
+    spec = CompositeSpec.of(args.hf_overrides or {})
+    if spec is None or spec.served is None:
+        raise StartupError(f"memdec_routes: wanted the command that memdec serve --print-vllm prints; there is no {KEY} in --hf-overrides")
+    domains = Domains(spec.served.base, tuple(Domain.of(entry) for entry in spec.served.domains))
+    words = [*spec.served.options, *(["--api-key", *args.api_key] if args.api_key else [])]
     line = parse(words)
     checked = check(line, domains.names)
     models = Models(
         Path(args.model),
-        composite["base_architecture"],
+        spec.base_architecture,
         domains,
         args.max_model_len,
         checked.updates.slots if checked.updates is not None else 0,

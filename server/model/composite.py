@@ -1,14 +1,11 @@
 """The model vLLM loads: an unchanged base, the memory towers beside it, and their mixture as logits.
 
-Started on the base's own folder with
-    hf_overrides={"architectures": ["MemoryDecoderForCausalLM"],
-                  "memory_decoder": {"base_architecture": ..., "decoders": [{"name": ..., "path": ..., "lambda": ...}, ...],
-                                     "datastores": [{"name": ..., "path": ...}, ...], "slots": ...}}
+Started on the base's own folder with the `hf_overrides` of a CompositeSpec (memdec.server.composite_spec).
 
-Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states. D is `slots`, or the
-number of decoders; slots without a decoder are empty until one is loaded into them (see memdec.server.model.slots).
+Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states. D is the
+spec's capacity; slots without a decoder are empty until one is loaded into them (see memdec.server.model.slots).
 
-Steps that are full CUDA graphs run all decoders as one (see memdec.server.model.stacked); with "stacked": true in the above every step does, for tests.
+Steps that are full CUDA graphs run all decoders as one (see memdec.server.model.stacked); with `stacked` in the spec every step does, for tests.
 """
 
 import copy
@@ -29,12 +26,12 @@ from vllm.platforms import current_platform
 
 from memdec.decoders.retrieval import RetrievalPackage
 from memdec.decoders.tokenizer import trusted
+from memdec.server.composite_spec import spec_of
 from memdec.server.model.attention import share_attention
 from memdec.server.model.mixing import mix
 from memdec.server.model.packing import pack, unpack
 from memdec.server.model.replicated import replicated
 from memdec.server.model.routing import Group, StepRouting, positions_by_slot
-from memdec.server.model.slots import capacity
 from memdec.server.model.stacked import StackedTower
 from memdec.server.model.timing import StepTimes
 from memdec.server.retrieval.knn import KnnMemory, log_probabilities
@@ -50,10 +47,10 @@ class MemoryDecoderForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        spec: dict[str, Any] = config.memory_decoder
+        spec = spec_of(config)
         self.width = vllm_config.model_config.get_hidden_size()
-        self.paths = [Path(d["path"]) for d in spec["decoders"]]
-        self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec["base_architecture"]])
+        self.paths = [Path(entry.path) for entry in spec.decoders]
+        self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec.base_architecture])
         memory_config = AutoConfig.from_pretrained(self.paths[0], trust_remote_code=trusted())
         beside = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
@@ -63,13 +60,13 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.later = uncompiled(beside)
         """Configuration of decoders loaded later: compiling one would hold all requests up."""
         share_attention(towers, vllm_config.compilation_config.static_forward_context)
-        self.towers = nn.ModuleList([*towers, *[None] * (capacity(spec) - len(towers))])  # type: ignore[list-item]
-        self.always_stacked = bool(spec.get("stacked"))
+        self.towers = nn.ModuleList([*towers, *[None] * (spec.capacity - len(towers))])  # type: ignore[list-item]
+        self.always_stacked = spec.stacked
         self.stacked = self._stacked(vllm_config)
         """The way for CUDA graphs, if they are wanted and the decoders' layers allow it."""
         self.graphs: dict[str, Callable[..., Any]] = {}
         """What runs base and stacked tower in their stead: their graphs (see `wrap`)."""
-        self.stores = [KnnMemory(RetrievalPackage.read(Path(d["path"]))) for d in spec.get("datastores", [])]
+        self.stores = [KnnMemory(RetrievalPackage.read(Path(entry.path))) for entry in spec.datastores]
         self.times = StepTimes()
 
     def _tower(self, beside: VllmConfig) -> nn.Module:

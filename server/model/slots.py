@@ -8,7 +8,7 @@ complete. An empty slot holds nothing. Only the first tower stays until another 
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,10 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from memdec.decoders.weights import read_tensors
 from memdec.server.model.attention import share_attention
-from memdec.server.routing.domains import DECODER, KNN
 
 AHEAD = 2  # weights that are read before they are wanted
 PATIENCE = 0.005  # seconds that a step may wait for one
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def slots_of(spec: Mapping[str, Any]) -> dict[tuple[str, str], int]:
-    """(mode, domain) -> slot at the start: decoders from 1, datastores after the last slot that a decoder may have."""
-    decoders, stores = spec["decoders"], spec.get("datastores", [])
-    named = {(DECODER, d["name"]): slot for slot, d in enumerate(decoders, 1)}
-    return named | {(KNN, d["name"]): slot for slot, d in enumerate(stores, capacity(spec) + 1)}
-
-
-def capacity(spec: Mapping[str, Any]) -> int:
-    """How many decoders may be loaded at once."""
-    return max(int(spec.get("slots", 0)), len(spec["decoders"]))
 
 
 class WeightReader:

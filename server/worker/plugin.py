@@ -8,7 +8,8 @@ import sys
 
 from vllm import ModelRegistry
 
-ARCHITECTURE = "MemoryDecoderForCausalLM"
+from memdec.server.composite_spec import ARCHITECTURE
+
 SERVING = "MEMDEC_SERVING"  # set by `memdec serve` for its child processes
 PR_SET_PDEATHSIG = 1
 

@@ -22,9 +22,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from memdec.server.choice import MemoryChoice
+from memdec.server.composite_spec import spec_of
 from memdec.server.model.attention import attention_names
 from memdec.server.model.routing import NONE_KNOWN, RowChoice, StepRouting
-from memdec.server.model.slots import slots_of
 from memdec.server.worker import expand
 from memdec.server.worker.forward_contexts import RunnerAttention
 from memdec.server.worker.slots import HoldsSlots, chosen
@@ -61,7 +61,7 @@ class RoutesSteps:
         """Also find the towers' attention layers in the KV cache."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
-        self.slots = slots_of(runner.model_config.hf_config.memory_decoder)
+        self.slots = spec_of(runner.model_config.hf_config).first_slots
         self.attention = RunnerAttention(runner, attention_names(runner.get_model().towers[0]))
         if runner.speculative_config is not None:
             runner.drafter.attach(runner)

@@ -8,9 +8,9 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from memdec.server.choice import MemoryChoice
+from memdec.server.composite_spec import spec_of
 from memdec.server.model.attention import attention_names
 from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
-from memdec.server.model.slots import slots_of
 from memdec.server.worker.forward_contexts import MemoryAttention
 from memdec.server.worker.slots import chosen
 
@@ -22,7 +22,7 @@ class MemoryModelState(DefaultModelState):
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.slots = slots_of(vllm_config.model_config.hf_config.memory_decoder)
+        self.slots = spec_of(vllm_config.model_config.hf_config).first_slots
         self.towers = len(model.towers)
         self.names = attention_names(model.towers[0])
         self.chosen: dict[str, tuple[int, float]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from offline import Row, overrides, run
+from offline import Row, composite, run
 from reference import FLOAT32, MIX, worst
 from vllm.compilation import cuda_graph
 
@@ -66,7 +66,7 @@ def test_the_kernel_multiplies_as_the_reference_does() -> None:
 
 def test_prompt_and_generated_logprobs_of_a_mixed_batch(toys: Path, tmp_path: Path) -> None:
     """All domains, none and every lambda, prompts in chunks, in one batch: GPT-2's kinds of layers."""
-    result = run(tmp_path, toys, "gpt", MIX, sampling={"prompt_logprobs": 1}, spec={"stacked": True})
+    result = run(tmp_path, toys, "gpt", MIX, sampling={"prompt_logprobs": 1}, changed={"stacked": True})
     assert worst(toys, "gpt", MIX, result["rounds"][0]) <= FLOAT32
 
 
@@ -76,10 +76,10 @@ def test_one_graph_serves_every_routing(toys: Path, tmp_path: Path) -> None:
     One of the decoders is loaded when the engine runs.
     """
     mix: list[Row] = [(prompt, domain, lam) for prompt, domain, lam, *_ in MIX if len(prompt) > 40] * 2
-    first = overrides(toys, "qwen", {})["memory_decoder"]["decoders"][:1]
+    first = composite(toys, "qwen", {}).decoders[:1]
     result = run(
         tmp_path, toys, "qwen", mix, rounds=2, sampling={"max_tokens": 16}, max_num_seqs=4,
-        spec={"stacked": True, "decoders": first, "slots": 2}, traced=True, later={"b": toys / "qwen_b"},
+        changed={"stacked": True, "decoders": first, "slots": 2}, traced=True, later={"b": toys / "qwen_b"},
     )  # fmt: skip
     for records in result["rounds"]:
         assert worst(toys, "qwen", mix, records) <= FLOAT32

@@ -28,7 +28,7 @@ def test_prompt_and_generated_logprobs_of_a_mixed_batch(kind: str, toys: Path, t
 def test_stacked_decoders(kind: str, toys: Path, tmp_path: Path) -> None:
     """Weights picked by vLLM's own kernel, and nothing told in Python, as when the step is one CUDA graph."""
     sampling = {"prompt_logprobs": 1, "max_tokens": 8}
-    result = run(tmp_path, toys, kind, MIX, sampling=sampling, variables=V2, spec={"stacked": True}, traced=True)
+    result = run(tmp_path, toys, kind, MIX, sampling=sampling, variables=V2, changed={"stacked": True}, traced=True)
     assert worst(toys, kind, MIX, result["rounds"][0]) <= FLOAT32
 
 

@@ -1,0 +1,97 @@
+"""What the front end tells the engine process about the models it serves.
+
+It travels in vLLM's `hf_overrides`, which adds entries to the base's config: written here, and read here by every process.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from memdec.server.routing.domains import DECODER, KNN
+
+ARCHITECTURE = "MemoryDecoderForCausalLM"
+KEY = "memory_decoder"  # of the base's config
+
+
+@dataclass(frozen=True)
+class DecoderEntry:
+    """A decoder that is loaded at the start."""
+
+    name: str
+    """Its domain."""
+    path: str
+    revision: str
+    """What the prefix cache tells revisions of a domain apart by."""
+
+
+@dataclass(frozen=True)
+class DatastoreEntry:
+    """A domain's kNN-LM datastore."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """What only front ends read, for those that vLLM's own launcher starts: they see no command line of ours."""
+
+    base: str
+    """The name the base is served under."""
+    domains: tuple[Mapping[str, Any], ...]
+    """Each Domain as `dataclasses.asdict` has it."""
+    options: tuple[str, ...] = ()
+    """Our options, as words of a command line."""
+
+
+@dataclass(frozen=True)
+class CompositeSpec:
+    """The composite: a base, decoders beside it, datastores, and how many decoders there may be."""
+
+    base_architecture: str
+    decoders: tuple[DecoderEntry, ...]
+    datastores: tuple[DatastoreEntry, ...] = ()
+    slots: int = 0
+    """Decoders that may be loaded at once, if more than there are at the start."""
+    stacked: bool = False
+    """Have every step run all decoders as one, as steps in full CUDA graphs do; for tests."""
+    served: Served | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "CompositeSpec | None":
+        """From the config that vLLM loaded, or a mapping of its overrides; None for a base without memories.
+
+        Raises TypeError on entries it doesn't know.
+        """
+        entries = config.get(KEY) if isinstance(config, Mapping) else getattr(config, KEY, None)
+        if entries is None:
+            return None
+        served = entries.get("served")
+        if served is not None:
+            served = Served(served["base"], tuple(served["domains"]), tuple(served.get("options", ())))
+        decoders = tuple(DecoderEntry(**entry) for entry in entries["decoders"])
+        datastores = tuple(DatastoreEntry(**entry) for entry in entries.get("datastores", ()))
+        return cls(**{**entries, "decoders": decoders, "datastores": datastores, "served": served})
+
+    def overrides(self) -> dict[str, Any]:
+        """vLLM's `hf_overrides`, which make the base's folder load as the composite."""
+        return {"architectures": [ARCHITECTURE], KEY: asdict(self)}
+
+    @property
+    def capacity(self) -> int:
+        """How many decoders may be loaded at once."""
+        return max(self.slots, len(self.decoders))
+
+    @property
+    def first_slots(self) -> dict[tuple[str, str], int]:
+        """(mode, domain) -> slot at the start: decoders from 1 on, datastores after the last slot that a decoder may have."""
+        named = {(DECODER, entry.name): slot for slot, entry in enumerate(self.decoders, 1)}
+        return named | {(KNN, entry.name): slot for slot, entry in enumerate(self.datastores, self.capacity + 1)}
+
+
+def spec_of(config: Any) -> CompositeSpec:
+    """The spec of a composite's config, for code that only a composite runs. Raises ValueError if it is a plain base."""
+    spec = CompositeSpec.of(config)
+    if spec is None:
+        raise ValueError(f"the model's config has no entry {KEY}: it is no composite")
+    return spec

@@ -262,7 +262,7 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
                     for name in engines:
                         times[name].append(sums[name] / len(prompts))
                     plain_beside.append(sums["none"] / len(prompts))
-            rows = {name: {"ms": spread(v), "ratio": against(times["plain"], v)} for name, v in times.items()}
+            rows: dict[str, dict[str, Any]] = {name: {"ms": spread(v), "ratio": against(times["plain"], v)} for name, v in times.items()}
             for name in engines:
                 rows[name] |= {"acceptance": {d: shares(a) for d, a in accepted[name].items() if a["drafts"]}}
                 if temperature == 0 and name != "plain":
@@ -313,7 +313,7 @@ def resident(pid: int) -> int:
 
 def first_token(args: argparse.Namespace) -> dict[str, Any]:
     """Part 4: prompts of several lengths, one request at a time."""
-    engines = {"plain": (large(args), None), "no_domain": (large(args, "37M", 1), None)}
+    engines: dict[str, tuple[Engine, str | None]] = {"plain": (large(args), None), "no_domain": (large(args, "37M", 1), None)}
     engines["one_domain"] = (engines["no_domain"][0], "d0")
     work = {name: multiplications(SHAPES[name]) for name in SHAPES}
     found: dict[str, Any] = {"floor": round(1 + work["37M"] / work["base"], 3)}

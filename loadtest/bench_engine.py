@@ -22,7 +22,8 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if ask is None:
-            ask = {"vllm": vllm, "reference": reference}[job.pop("kind")](**job)
+            kinds: dict[str, Callable[..., Ask]] = {"vllm": vllm, "reference": reference}
+            ask = kinds[job.pop("kind")](**job)
             answer: dict[str, Any] = {"ready": True}
         else:
             answer = ask(**job)
@@ -64,9 +65,10 @@ def reference(base: str, decoder: str) -> Ask:
     @torch.inference_mode()
     def ask(prompts: list[list[int]], lams: list[float], tokens: int, **_: Any) -> dict[str, Any]:
         started = time.perf_counter()
-        lam, ids, caches = torch.tensor(lams), torch.tensor(prompts), [None, None]
+        lam, ids = torch.tensor(lams), torch.tensor(prompts)
+        caches: list[Any] = [None, None]
         made, first = [], 0.0
-        for _ in range(tokens):
+        for _step in range(tokens):
             outputs = [model(ids, past_key_values=cache, use_cache=True) for model, cache in zip(models, caches, strict=True)]
             caches = [output.past_key_values for output in outputs]
             ids = mix(outputs[0].logits[:, -1], outputs[1].logits[:, -1], lam).argmax(-1, keepdim=True)

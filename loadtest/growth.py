@@ -102,7 +102,7 @@ def stretch(real: RetrievalPackage, base: Path, entries: int, out: Path) -> dict
     np.save(out / VALUES, np.asarray(source.values)[sources])
     queries = (originals[random.integers(0, own.ntotal, QUERIES)] + noise * random.standard_normal((QUERIES, width))).astype(np.float32)
     index = build_index(keys)
-    cells = index.nlist
+    cells = index.nlist  # type: ignore[attr-defined]
     refined = with_exact_distances(index, keys)
     write_index(refined, out / INDEX)
     del index, refined
@@ -135,8 +135,9 @@ def tune(index: faiss.Index, keys: Any, queries: np.ndarray[Any, Any], neighbour
         order = np.argsort(both[0], 1)[:, :NEAREST]
         best = np.take_along_axis(both[0], order, 1), np.take_along_axis(both[1], order, 1)
     recall = 0.0
+    library: Any = faiss  # its stubs lack the parameters' keywords
     for probed in PROBES:
-        parameters = faiss.IndexRefineSearchParameters(k_factor=4, base_index_params=faiss.SearchParametersIVF(nprobe=probed))
+        parameters = library.IndexRefineSearchParameters(k_factor=4, base_index_params=library.SearchParametersIVF(nprobe=probed))
         _, found = index.search(queries, neighbours, params=parameters)
         recall = float(np.mean([np.isin(t, f).mean() for t, f in zip(best[1], found, strict=True)]))
         if recall >= RECALL:

@@ -15,8 +15,9 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -117,7 +118,7 @@ async def request(client: httpx.AsyncClient, kind: str, fields: dict[str, Any], 
         if response.status_code != 200:
             return "busy" if response.status_code == 503 else "failed"
         last, leaves = "", dice.randint(1, 10) if kind == "leave" else 0
-        async with contextlib.aclosing(response.aiter_lines()) as lines:
+        async with contextlib.aclosing(cast("AsyncGenerator[str]", response.aiter_lines())) as lines:
             async for line in lines:
                 last = line or last
                 leaves -= 1

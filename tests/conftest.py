@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from openai import OpenAI
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -108,6 +109,13 @@ def server(toys: Path, retrieval: Path, tmp_path_factory: pytest.TempPathFactory
 def http(server: Server) -> Iterator[httpx.Client]:
     """A client of the session's server."""
     with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
+def sdk(http: httpx.Client) -> Iterator[OpenAI]:
+    """OpenAI's client of the session's server; without its silent retries."""
+    with OpenAI(base_url=str(http.base_url.join("/v1")), api_key="none", max_retries=0, timeout=120) as client:
         yield client
 
 

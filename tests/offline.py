@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def run(
     folder: Path,
     toys: Path,
     kind: str | None,
-    mix: list[Row],
+    mix: Sequence[Row],
     rounds: int = 1,
     datastores: dict[str, Path] | None = None,
     variables: dict[str, str] | None = None,

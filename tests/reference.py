@@ -1,6 +1,7 @@
 """The mixture computed the slow, obvious way with Hugging Face models, to compare vLLM's log-probabilities with."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def reference(toys: Path, kind: str, ids: list[int], domain: str | None, lam: fl
         shared = min(base.shape[-1], logits.shape[-1])  # ids that only one of the two has are padding
         base = (1 - lam) * base
         base[:, :shared] += lam * logits[:, :shared].softmax(-1)
-    return base.log()
+    logarithms: torch.Tensor = base.log()
+    return logarithms
 
 
 @torch.inference_mode()
@@ -53,7 +55,7 @@ def rounding_error(folder: Path, ids: list[int]) -> float:
     return float((ours - theirs).abs().max())
 
 
-def worst(toys: Path, kind: str, mix: list[Row], records: list[dict[str, Any]], stored: torch.dtype = torch.float32) -> float:
+def worst(toys: Path, kind: str, mix: Sequence[Row], records: list[dict[str, Any]], stored: torch.dtype = torch.float32) -> float:
     """Largest difference between vLLM's log-probabilities, generated and of the prompt, and the reference's."""
     largest = 0.0
     for (_, domain, lam, *_mode), record in zip(mix, records, strict=True):

@@ -106,7 +106,7 @@ def test_the_gpu_benchmark_runs_to_its_last_line() -> None:
 def test_the_benchmarks_report_and_ratios() -> None:
     """Every key that is promised, from figures made up."""
     sys.path.insert(0, str(ROOT / "loadtest"))
-    from bench import ratio, report
+    from bench_report import ratio, report
 
     row = {"ms": {"median": 2.0, "min": 1.0, "max": 3.0}, "ratio": {"median": 1.2, "min": 1.1, "max": 1.3}}
     names = ("plain", "no_domain", "one_domain", "two_domains", "reference")

@@ -133,7 +133,7 @@ def test_two_processes_share_the_work(built: Path, corpus: Path, toys: Path, tmp
     for name in ("tokens/train.npy", "datastore/values.npy", "knn_targets/tuned.json"):
         assert ours[name] == theirs[name]
     keys = [np.load(folder / "datastore" / "keys.npy").astype(np.float32) for folder in (work, built.with_name("tiny.work"))]
-    np.testing.assert_allclose(*keys, atol=0.05)
+    np.testing.assert_allclose(keys[0], keys[1], atol=0.05)
     one, two = Package.open(built, toys / "base"), Package.open(tmp_path / "out", toys / "base")
     assert two.perplexity["memory"] == pytest.approx(one.perplexity["memory"], rel=0.05)
 

@@ -32,7 +32,8 @@ def dense(datastore: Datastore, row: int, k: int, tau: float) -> np.ndarray:
     nearest = np.argsort(distances, kind="stable")[:k]
     result = np.zeros(VOCABULARY)
     np.add.at(result, datastore.values[nearest], np.exp(-(distances[nearest] - distances[nearest].min()) / tau))
-    return result / result.sum()
+    normed: np.ndarray = result / result.sum()
+    return normed
 
 
 @pytest.mark.parametrize("tau", [0.5, 10.0])
@@ -133,7 +134,7 @@ def test_a_datastore_covers_the_whole_text_evenly(most: int) -> None:
 
 def test_targets_are_tuned_on_windows_from_all_of_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of many documents would not do; and the labels are those of the windows."""
-    valid = np.arange(60_000) % VOCABULARY
+    valid = (np.arange(60_000) % VOCABULARY).astype(np.uint16)
     asked: list[int] = []
 
     def score(_model: None, ids: np.ndarray, _what: str, starts: list[int], keys: bool) -> tuple[np.ndarray, np.ndarray]:

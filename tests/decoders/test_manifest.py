@@ -1,6 +1,7 @@
 """Artifacts appear whole or not at all, and are remade when their inputs change."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from memdec.decoders.errors import ManifestError
 from memdec.decoders.manifest import Bookmark, is_fresh, read_manifest, stage
 
 
-def make(out: Path, inputs: dict[str, object], text: str) -> bool:
+def make(out: Path, inputs: dict[str, Any], text: str) -> bool:
     """Make a one-file artifact; returns whether it was made now."""
     with stage(out, inputs) as folder:
         if folder is None:
@@ -45,7 +46,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def run_out_of_space(out: Path, inputs: dict[str, object], rows: int) -> None:
+def run_out_of_space(out: Path, inputs: dict[str, Any], rows: int) -> None:
     """Begin a stage, move its bookmark, meet a full disk."""
     with stage(out, inputs) as folder:
         assert folder is not None

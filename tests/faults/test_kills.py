@@ -41,7 +41,9 @@ class Stream(threading.Thread):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self.url, self.lines, self.failure = url, [], None
+        self.url = url
+        self.lines: list[str] = []
+        self.failure: httpx.HTTPError | None = None
         self.started = threading.Event()
 
     def run(self) -> None:

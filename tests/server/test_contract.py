@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from typing import Any
 
 import httpx
 import pytest
@@ -38,7 +39,7 @@ def test_domains_differ(http: httpx.Client) -> None:
 
 def test_lambda_by_body_and_header(http: httpx.Client) -> None:
     """Both set it, and the answer's header tells it."""
-    wanted = {"domain": "a", "logprobs": 2}
+    wanted: dict[str, Any] = {"domain": "a", "logprobs": 2}
     by_body, by_header = ask(http, **wanted, lam=0.25), ask(http, {"X-Lambda": "0.25"}, **wanted)
     assert by_body.json()["choices"] == by_header.json()["choices"]
     assert memory(by_body) == memory(by_header) == {**USED, "lambda": "0.25"}
@@ -48,9 +49,9 @@ def test_lambda_by_body_and_header(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("off", [{"lam": 0}, {"lam": 0.0}, {"memory": "none"}])
-def test_switched_off_is_the_base_exactly(http: httpx.Client, off: dict[str, float]) -> None:
+def test_switched_off_is_the_base_exactly(http: httpx.Client, off: dict[str, Any]) -> None:
     """Lambda 0 and memory none: the base's log-probabilities, bit by bit, of the prompt too."""
-    wanted = {"logprobs": 5, "echo": True}
+    wanted: dict[str, Any] = {"logprobs": 5, "echo": True}
     plain, switched = ask(http, **wanted), ask(http, domain="a", **wanted, **off)
     assert switched.json()["choices"] == plain.json()["choices"]
     assert memory(switched) == {"lambda": "0", "domain": "a", "mode": "none"}

@@ -249,12 +249,13 @@ def test_full(http: httpx.Client) -> None:
 def test_who_may(http: httpx.Client) -> None:
     """The admin key changes domains and does nothing else; a user's key can't change them."""
     body = {"name": "new", "path": ".v1"}
-    for headers in (
+    wrong: tuple[dict[str, Any], ...] = (
         USER,
         {"Authorization": "Basic the admin's"},
         {"Authorization": "Bearer \xfc".encode("latin-1")},
         {"Authorization": ""},
-    ):
+    )
+    for headers in wrong:
         assert "the admin's" not in refused(http.post("/v1/domains", json=body, headers=headers), 401)
         refused(http.delete("/v1/domains/a", headers=headers), 401)
     refused(http.get("/v1/domains", headers=ADMIN), 401)
@@ -266,14 +267,15 @@ def test_bad_bodies(http: httpx.Client) -> None:
     """Names that no domain can have, fields of other types, further fields."""
     for name in ("", "a b", "-a", "é", "a/b", "x" * 65):
         refused(load(http, name, ".v1"), 400, "name")
-    for body in (
+    bodies: tuple[Any, ...] = (
         {},
         {"name": "new"},
         {"name": 1, "path": ".v1"},
         {"name": "new", "path": [".v1"]},
         {"name": "new", "path": ".v1", "lambda": 1},
         [],
-    ):
+    )
+    for body in bodies:
         refused(http.post("/v1/domains", json=body, headers=ADMIN), 400)
     refused(http.post("/v1/domains", content=b"{", headers=ADMIN), 400)
 
@@ -287,7 +289,7 @@ def test_paths_stay_in_their_folder(http: httpx.Client, toys: Path, folder: Path
     (folder / ".linked" / "model.safetensors").symlink_to(toys / "qwen_a" / "model.safetensors")
     (tmp_path / "in").symlink_to(folder)
     try:
-        outside = [
+        outside: list[str | Path] = [
             toys / "qwen_a",
             "../",
             "/",
@@ -391,7 +393,8 @@ def test_a_thousand_requests_while_domains_come_and_go(changing: Server, http: h
     for name in "ab":
         history.change(name, name, 0.0, 0.0)
     targets = ["a", "b", "c", "d", "base"]
-    history.spans |= {n: [(None, 0.0, float("inf"))] for n in "cd"} | {"base": [("base", 0.0, float("inf"))]}
+    history.spans |= {n: [(None, 0.0, float("inf"))] for n in "cd"}
+    history.spans["base"] = [("base", 0.0, float("inf"))]
 
     async def request(client: httpx.AsyncClient, number: int) -> None:
         name, which = targets[number % len(targets)], number // len(targets) % len(PROMPTS)

@@ -221,7 +221,7 @@ def test_the_log(ops: httpx.Client, lab: httpx.Client, guarded: Server) -> None:
     assert all({"asctime", "levelname", "name", "message"} <= line.keys() for line in lines)
     requests = [line for line in lines if line["name"] == "memdec.requests"]
     answered, unknown, wrong = requests[-3:]
-    wanted = {
+    wanted: dict[str, Any] = {
         "method": "POST",
         "path": COMPLETIONS,
         "status": 200,
@@ -243,7 +243,8 @@ def test_the_log(ops: httpx.Client, lab: httpx.Client, guarded: Server) -> None:
 def test_spans(ops: httpx.Client, collector: Collector) -> None:
     """One a request, in the client's trace, with mode and domain."""
     wanted = {("decoder", "a"), ("none", "b"), ("none", "none")}
-    for number, fields in enumerate(({"domain": "a"}, {"domain": "b", "lam": 0}, {}), 1):
+    asked: tuple[dict[str, Any], ...] = ({"domain": "a"}, {"domain": "b", "lam": 0}, {})
+    for number, fields in enumerate(asked, 1):
         text(ask(ops, {"traceparent": f"00-{number:032x}-{number:016x}-01"}, **fields))
     found: set[tuple[str, str]] = set()
     for _ in range(100):

@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
 from asking import ask, memory, refused, text
-from offline import Row, run
+from offline import run
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +28,8 @@ def reference(toys: Path, store: RetrievalPackage, ids: list[int], domain: str |
     out = AutoModelForCausalLM.from_pretrained(toys / "base")(torch.tensor([ids]), output_hidden_states=True)
     base = out.logits[0].double().softmax(-1)
     if domain is None:
-        return base.log()
+        alone: torch.Tensor = base.log()
+        return alone
     other = torch.zeros_like(base)
     if mode == "decoder":
         decoder = AutoModelForCausalLM.from_pretrained(toys / f"qwen_{domain}")
@@ -41,12 +43,13 @@ def reference(toys: Path, store: RetrievalPackage, ids: list[int], domain: str |
             nearest = np.argsort(distances, kind="stable")[: store.neighbours]
             weights = np.exp(-(distances[nearest] - distances[nearest[0]]) / store.tau)
             np.add.at(other[row].numpy(), np.asarray(opened.values[nearest], np.int64), weights / weights.sum())
-    return (lam * other + (1 - lam) * base).log()
+    mixed: torch.Tensor = (lam * other + (1 - lam) * base).log()
+    return mixed
 
 
 def test_knn_in_a_mixed_batch_equals_the_slow_way(toys: Path, retrieval: Path, tmp_path: Path) -> None:
     """kNN-LM, decoders and the base in one batch, prompts in chunks, generated and prompt tokens."""
-    mix: list[Row] = [
+    mix: list[tuple[str, str | None, float, str]] = [
         (CODE * 6, "a", 0.5, "knn"), (CODE * 3, None, 0.0, "none"), (CODE[5:] * 5, "a", 0.3, "decoder"), (CODE[9:] * 4, "b", 0.6, "decoder"),
         ("import os", "a", 1.0, "knn"), (CODE[3:] * 3, "a", 0.0, "knn"),
     ]  # fmt: skip
@@ -59,7 +62,7 @@ def test_knn_in_a_mixed_batch_equals_the_slow_way(toys: Path, retrieval: Path, t
         theirs = [expected[i - 1, ids[i]].item() for i in range(1, len(ids))]
         seen = [(a, b) for a, b in zip(ours, theirs, strict=True) if b > -60]  # lambda 1: tokens that no neighbour has
         assert len(seen) > len(ours) // 8
-        np.testing.assert_allclose(*zip(*seen, strict=True), atol=2e-4)
+        np.testing.assert_allclose([a for a, _ in seen], [b for _, b in seen], atol=2e-4)
 
 
 def test_modes_over_http(http: httpx.Client) -> None:
@@ -81,7 +84,7 @@ def test_modes_over_http(http: httpx.Client) -> None:
     ({"rag_stride": 4, "n": 2, "temperature": 1}, "rag_stride"), ({"rag_stride": 4, "presence_penalty": 1}, "rag_stride"), ({"rag_stride": 4, "echo": True, "logprobs": 1}, "rag_stride"),
     ({"rag_stride": 4, "response_format": {"type": "json_object"}}, "rag_stride"),
 ])  # fmt: skip
-def test_strides_that_cannot_be(http: httpx.Client, fields: dict[str, object], param: str) -> None:
+def test_strides_that_cannot_be(http: httpx.Client, fields: dict[str, Any], param: str) -> None:
     """Refused by name, streamed or not."""
     for stream in (False, True):
         refused(ask(http, **{"domain": "a", "memory": "rag", "stream": stream, **fields}), 400, param)
@@ -120,7 +123,7 @@ def test_a_passage_gives_way_to_the_context(http: httpx.Client) -> None:
 def test_a_stride_is_a_chain_of_requests(http: httpx.Client, toys: Path, retrieval: Path) -> None:
     """Every four tokens a new passage before all text so far: the same tokens as doing that by hand, streamed or not."""
     ids = list(http.post("/tokenize", json={"model": "base", "prompt": CODE}).json()["tokens"])
-    fields = {"domain": "a", "memory": "rag", "rag_stride": 4, "max_tokens": 10, "ignore_eos": True, "logprobs": 1}
+    fields: dict[str, Any] = {"domain": "a", "memory": "rag", "rag_stride": 4, "max_tokens": 10, "ignore_eos": True, "logprobs": 1}
     answer = ask(http, prompt=ids, return_token_ids=True, **fields)
     made: list[int] = []
     for tokens in (4, 4, 2):
@@ -145,7 +148,7 @@ def test_a_stride_is_a_chain_of_requests(http: httpx.Client, toys: Path, retriev
 
 def test_rag_in_a_chat(sdk: OpenAI) -> None:
     """The passage goes before the whole conversation."""
-    messages = [{"role": "user", "content": "hello"}]
+    messages: Any = [{"role": "user", "content": "hello"}]
     plain, rag = (
         sdk.chat.completions.create(model="base", messages=messages, max_tokens=4, extra_body=body)  # type: ignore[arg-type]
         for body in ({}, {"domain": "a", "memory": "rag"})

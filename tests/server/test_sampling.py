@@ -8,12 +8,12 @@ import pytest
 from asking import PROMPT, ask, refused, text
 from openai import OpenAI
 
-RANDOM = {"temperature": 1.0, "max_tokens": 12}
+RANDOM: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12}
 
 
 def test_seed_and_n(http: httpx.Client) -> None:
     """Three choices with a seed repeat, and differ among themselves; another seed gives others."""
-    wanted = {"domain": "a", "n": 3, **RANDOM}
+    wanted: dict[str, Any] = {"domain": "a", "n": 3, **RANDOM}
     once, again, other = (ask(http, seed=seed, **wanted).json()["choices"] for seed in (7, 7, 1007))
     assert [c["text"] for c in once] == [c["text"] for c in again] != [c["text"] for c in other]
     assert len({c["text"] for c in once}) == 3 and [c["index"] for c in once] == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_logit_bias(http: httpx.Client) -> None:
 
 def test_repetition_penalty_acts(http: httpx.Client) -> None:
     """With only two tokens allowed, a strong penalty makes the model change between them."""
-    wanted = {"domain": "a", "max_tokens": 2, "allowed_token_ids": [300, 400], "logprobs": 2}
+    wanted: dict[str, Any] = {"domain": "a", "max_tokens": 2, "allowed_token_ids": [300, 400], "logprobs": 2}
     penalised = ask(http, **wanted, presence_penalty=2, frequency_penalty=2, repetition_penalty=50.0)
     assert len(set(penalised.json()["choices"][0]["logprobs"]["tokens"])) == 2
 
@@ -70,7 +70,7 @@ def test_echo_with_logprobs(http: httpx.Client, max_tokens: int, prompts: str) -
     """The shape of lm-eval's requests: every prompt token but the first has a log-probability, alone and in a batch."""
     batch: list[Any] = [PROMPT, "class Reader:"]
     ids = [http.post("/tokenize", json={"model": "base", "prompt": p}).json()["tokens"] for p in batch]
-    wanted = {"domain": "a", "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    wanted: dict[str, Any] = {"domain": "a", "echo": True, "logprobs": 1, "max_tokens": max_tokens}
     both = ask(http, prompt=batch if prompts == "strings" else ids, **wanted).json()["choices"]
     for prompt, tokens, choice in zip(batch, ids, both, strict=True):
         first, *others = choice["logprobs"]["token_logprobs"]
@@ -88,7 +88,7 @@ SCHEMA = {"enum": ["red", "green"]}
 @pytest.mark.parametrize("domain", ["a", "b"])
 def test_guided_json(http: httpx.Client, sdk: OpenAI, domain: str) -> None:
     """A schema binds the mixed model too: completions, chats, and a choice of strings."""
-    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": SCHEMA}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "colour", "schema": SCHEMA}}
     answer = ask(http, domain=domain, max_tokens=100, response_format=form, seed=3, temperature=1)
     chat = sdk.chat.completions.create(
         model=f"base:{domain}", messages=[{"role": "user", "content": "?"}], max_tokens=100, seed=3, response_format=form
@@ -114,21 +114,21 @@ def test_beam_search(http: httpx.Client) -> None:
     "schema", [{"type": "array", "minItems": 10**9}, {"type": "object", "properties": {"a": {"type": "string", "maxLength": 10**7}}}]
 )
 @pytest.mark.parametrize("where", ["structured_outputs", "response_format", "text"])
-def test_schemas_that_count_too_far_are_refused_at_once(schema: dict[str, object], where: str, http: httpx.Client) -> None:
+def test_schemas_that_count_too_far_are_refused_at_once(schema: dict[str, Any], where: str, http: httpx.Client) -> None:
     """Compiling such a schema would take the machine's memory."""
-    field = {
+    places: dict[str, dict[str, Any]] = {
         "structured_outputs": {"structured_outputs": {"json": schema}},
         "response_format": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
         "text": {"structured_outputs": {"json": json.dumps(schema)}},
-    }[where]
-    answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "domain": "a", **field})
+    }
+    answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "domain": "a", **places[where]})
     assert answer.status_code == 400
     assert "at most 10,000" in answer.json()["error"]["message"]
 
 
 def test_a_schema_in_text_that_nests_too_deeply_is_refused(http: httpx.Client) -> None:
     """The parser's limit is the client's error, not the server's."""
-    field = {"structured_outputs": {"json": '{"a":' * 8000 + "1" + "}" * 8000}}
+    field: dict[str, Any] = {"structured_outputs": {"json": '{"a":' * 8000 + "1" + "}" * 8000}}
     answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, **field})
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

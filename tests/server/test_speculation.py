@@ -17,7 +17,7 @@ from offline import Row, run
 from reference import CODE, FLOAT32, MIX, hugging_face, worst
 from transformers import AutoTokenizer
 
-SPECULATION = {
+SPECULATION: dict[str, Any] = {
     "speculative_config": {"method": "custom_class", "model": "memdec.server.worker.drafter.FixedDrafter", "num_speculative_tokens": 3},
     "scheduler_cls": "memdec.server.worker.drafter.DraftingScheduler",
 }
@@ -204,7 +204,7 @@ def test_streams_and_chats(http: httpx.Client, drafting: Server) -> None:
 def test_seeds_repeat_and_metrics_count(drafting: Server) -> None:
     """A seed gives the same answer twice; drafts and tokens are counted; requests without a domain draft nothing."""
     with httpx.Client(base_url=drafting.url, timeout=120) as client:
-        asked = {"domain": "a", "lam": 0.8, "temperature": 1.0, "top_p": 0.9, "seed": 7, "max_tokens": 40}
+        asked: dict[str, Any] = {"domain": "a", "lam": 0.8, "temperature": 1.0, "top_p": 0.9, "seed": 7, "max_tokens": 40}
         assert ask(client, **asked).json()["choices"] == ask(client, **asked).json()["choices"]
         drafts, page = "vllm:spec_decode_num_drafts_total", client.get("/metrics").text
         before = metric(page, drafts)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,7 @@ def test_one_graph_serves_every_routing(toys: Path, tmp_path: Path) -> None:
 
     One of the decoders is loaded when the engine runs.
     """
-    mix: list[Row] = [(prompt, domain, lam) for prompt, domain, lam, *_ in MIX if len(prompt) > 40] * 2
+    mix: Sequence[Row] = [(prompt, domain, lam) for prompt, domain, lam, *_ in MIX if len(prompt) > 40] * 2
     first = composite(toys, "qwen", {}).decoders[:1]
     result = run(
         tmp_path, toys, "qwen", mix, rounds=2, sampling={"max_tokens": 16}, max_num_seqs=4,

@@ -9,7 +9,7 @@ import pytest
 from asking import BASE, CHAT, COMPLETIONS, ask, chat, memory, refused
 from openai import OpenAI
 
-WITH_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+WITH_USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("choice", [{}, {"domain": "a"}, {"model": "base:b"}, {"domain": "a", "lam": 0.3}, {"domain": "b", "lam": 0}])
 def test_streamed_is_plain(http: httpx.Client, choice: dict[str, Any]) -> None:
     """Text, log-probabilities, token count, model and headers, streamed and not."""
-    wanted = {**choice, "max_tokens": 12, "logprobs": 1}
+    wanted: dict[str, Any] = {**choice, "max_tokens": 12, "logprobs": 1}
     plain, streamed = ask(http, **wanted), ask(http, **wanted, **WITH_USAGE)
     *parts, last = events(streamed)
     first = plain.json()["choices"][0]
@@ -37,7 +37,7 @@ def test_streamed_is_plain(http: httpx.Client, choice: dict[str, Any]) -> None:
 
 def test_several_choices(http: httpx.Client) -> None:
     """With n > 1 every choice's parts add up to the plain choice."""
-    wanted = {"domain": "a", "n": 3, "seed": 7, "temperature": 1}
+    wanted: dict[str, Any] = {"domain": "a", "n": 3, "seed": 7, "temperature": 1}
     texts = [""] * 3
     for part in events(ask(http, **wanted, stream=True)):
         texts[part["choices"][0]["index"]] += part["choices"][0]["text"]

@@ -68,10 +68,12 @@ async def ask(app: ASGIApp, method: str, target: str, *headers: tuple[bytes, byt
     }  # fmt: skip
     sent: list[Message] = []
 
-    body = iter([{"type": "http.request", "body": b"", "more_body": False}])
+    body: Iterator[Message] = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
     async def receive() -> Message:
-        return next(body, None) or await asyncio.Future()  # the client stays, and says no more
+        for message in body:
+            return message
+        return await asyncio.Future()  # the client stays, and says no more
 
     async def send(message: Message) -> None:
         sent.append(message)

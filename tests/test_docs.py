@@ -67,4 +67,5 @@ def test_the_guides_tables_are_the_programs() -> None:
             assert (f"{default:,}" if isinstance(default, int) else str(default)) in row
     for line in COMMANDS:
         if not line.startswith("memdec serve"):
-            _parser().parse_args(shlex.split(line)[1:])
+            words = shlex.split(line)[1:]
+            _parser(words[0]).parse_args(words)

@@ -105,4 +105,4 @@ def test_the_build_commands_parse() -> None:
     for line in block("sh", "memdec build").splitlines():
         words = shlex.split(line, comments=True)
         assert words[0] == "memdec"
-        _parser().parse_args(words[1:])
+        _parser(words[1]).parse_args(words[1:])

@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -146,7 +145,7 @@ def given(toys: Path, *words: str) -> tuple[CommandLine, Settings, Namespace]:
 
 
 @pytest.fixture
-def everything(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def everything(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every option of ours that a server can be given at once."""
     monkeypatch.setenv(ADMIN_KEY, "sk-admin")
     (tmp_path / "keys").touch(0o600)

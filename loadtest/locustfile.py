@@ -74,7 +74,9 @@ def report_latencies(environment: Any, **_: Any) -> None:
 
 def write_latencies(options: Any) -> None:
     """Print them, and leave them as `<prefix>_latencies.csv` beside locust's files, and raw, for whoever asked for that."""
-    rows = [(name, len(values), statistics.fmean(values), *percentiles(values)) for name, values in sorted(samples.items())]
+    rows: list[tuple[Any, ...]] = [
+        (name, len(values), statistics.fmean(values), *percentiles(values)) for name, values in sorted(samples.items())
+    ]
     print(f"\n{'Latencies in streams, ms':<45}{'count':>8}{'mean':>9}{'p50':>9}{'p95':>9}{'p99':>9}")
     for name, count, *milliseconds in rows:
         print(f"{name:<45}{count:>8}" + "".join(f"{value:>9.1f}" for value in milliseconds))

@@ -201,10 +201,11 @@ def test_a_load_that_hangs(updating: Updating, monkeypatch: pytest.MonkeyPatch) 
 async def stopped_in_mid_load(updating: Updating) -> None:
     """SIGTERM while a decoder is loaded, with another load and an unload waiting: all are told, none waits, nothing changes."""
     updating.engine.calls.clear()
-    waiting = [asyncio.create_task(updating.updates.load("new", "good"))]
+    waiting: list[asyncio.Task[Any]] = [asyncio.create_task(updating.updates.load("new", "good"))]
     while "load_staged" not in updating.engine.calls:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    waiting += [asyncio.create_task(work) for work in (updating.updates.load("newer", "good"), updating.updates.unload("a"))]
+    waiting.append(asyncio.create_task(updating.updates.load("newer", "good")))
+    waiting.append(asyncio.create_task(updating.updates.unload("a")))
     await asyncio.sleep(0.05)
     updating.engine.draining = True
     for told in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10):

@@ -43,10 +43,11 @@ def test_too_many(name: str) -> None:
 
 def test_enough() -> None:
     """What real requests hold passes: long prompts of tokens, allowed tokens, chats of thousands of messages, anything that isn't a list."""
-    for body in (
+    bodies: tuple[Any, ...] = (
         {"prompt": [5] * 900_000}, {"tokens": [5] * 900_000}, {"prompt": [[5] * 9000] * 128}, {"allowed_token_ids": [5] * 150_000},
         {"messages": [MESSAGE] * 2000}, {"stop_token_ids": [5] * 1000}, {"prompt": "x" * 2_000_000}, "x", None, [], {"prompt": []},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for body in bodies:
         require_bounded(body)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -66,7 +67,7 @@ def test_shadows_replay_decoder_requests_alone(shadowed: Server) -> None:
 
 @pytest.mark.parametrize("salt", [{}, {"cache_salt": "mine"}])
 @pytest.mark.parametrize("guess", [{}, {"domain": "a", "memory": "knn"}])
-def test_replays_warm_no_clients_cache(shadowed: Server, salt: dict[str, str], guess: dict[str, str]) -> None:
+def test_replays_warm_no_clients_cache(shadowed: Server, salt: dict[str, Any], guess: dict[str, Any]) -> None:
     """Who guesses a prompt that another client sent finds none of it in the prefix cache, though it was replayed in all modes."""
     prompt = f"{salt} {guess} the patient's name is " * 20
     before = metric(httpx.get(f"{shadowed.url}/metrics").text, "memdec_shadows_total", outcome="done", domain="a")

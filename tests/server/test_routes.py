@@ -149,7 +149,9 @@ def test_a_client_made_from_the_description_chooses_a_domain(server: Server, htt
     """By the header that it describes; answers are as described, errors too."""
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operation = described[COMPLETIONS]["POST"]
-    answer = operation.Case(body=dict[str, Any](BASE), media_type="application/json", headers={"X-Domain": "a", "X-Lambda": "0.25"}).call(timeout=60)
+    answer = operation.Case(body=dict[str, Any](BASE), media_type="application/json", headers={"X-Domain": "a", "X-Lambda": "0.25"}).call(
+        timeout=60
+    )
     assert (answer.headers["x-memory-domain"], answer.headers["x-memory-lambda"]) == (["a"], ["0.25"])
     assert answer.json()["choices"][0]["text"] == text(ask(http, domain="a", lam=0.25))
 

@@ -28,7 +28,7 @@ def tokenizer(toys: Path) -> Any:
 class Fallback:
     """As much of a tokenizer as is asked here, with bytes beside words, as in Llama 2's."""
 
-    pieces = ("<0xE6>", "<0x97>", "<0xA5>", "day", "\ufffd")
+    pieces: tuple[str, ...] = ("<0xE6>", "<0x97>", "<0xA5>", "day", "\ufffd")
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         """Entries of the vocabulary."""

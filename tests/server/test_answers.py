@@ -12,7 +12,7 @@ from openai import OpenAI
 
 DOMAINS = pytest.mark.parametrize("domain", [{}, {"domain": "a"}])
 CONTEXT = [5 + 7 * i % 900 for i in range(512)]
-USAGE = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 LISTS = ("tokens", "token_logprobs", "text_offset", "top_logprobs")
 
 
@@ -44,7 +44,7 @@ def choices(response: httpx.Response) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("prompt", ["The results show that", ["The results show that", "import os"]])
 def test_every_choice_has_the_prompts_scores(http: httpx.Client, domain: dict[str, Any], prompt: Any) -> None:
     """Echo, log-probabilities and several choices: streamed as plain, again and again."""
-    wanted = {**domain, "prompt": prompt, "n": 2, "echo": True, "logprobs": 2, "max_tokens": 4, "seed": 1, "temperature": 1}
+    wanted: dict[str, Any] = {**domain, "prompt": prompt, "n": 2, "echo": True, "logprobs": 2, "max_tokens": 4, "seed": 1, "temperature": 1}
     plain = choices(ask(http, **wanted))
     for _ in range(2):
         for one, streamed in zip(plain, choices(ask(http, **wanted, stream=True)), strict=True):
@@ -56,7 +56,7 @@ def test_every_choice_has_the_prompts_scores(http: httpx.Client, domain: dict[st
 @DOMAINS
 def test_all_candidates_have_names(http: httpx.Client, domain: dict[str, Any], shape: dict[str, Any]) -> None:
     """K of them, and the chosen one with its own value, also where several are parts of characters."""
-    wanted = {"prompt": "日本語 é", "logprobs": 20, "max_tokens": 6, "temperature": 1, "seed": 3, "ignore_eos": True}
+    wanted: dict[str, Any] = {"prompt": "日本語 é", "logprobs": 20, "max_tokens": 6, "temperature": 1, "seed": 3, "ignore_eos": True}
     scores = choices(ask(http, **{**wanted, **domain, **shape}))[0]["logprobs"]
     spelled = 0
     for token, chosen, offered in list(zip(*(scores[name] for name in LISTS[:2]), scores["top_logprobs"], strict=True))[
@@ -72,7 +72,7 @@ def test_all_candidates_have_names(http: httpx.Client, domain: dict[str, Any], s
 @pytest.mark.parametrize("prompt", ["def read(self):", [501, 575, 11]])
 def test_a_scored_prompt_is_all_there_is(http: httpx.Client, domain: dict[str, Any], stream: bool, prompt: Any) -> None:
     """No token generated, shown or billed; the echo stays with return_token_ids, also before an answer."""
-    wanted = {**domain, "prompt": prompt, "echo": True, "return_token_ids": True, "logprobs": 1, "stop": ["a"]}
+    wanted: dict[str, Any] = {**domain, "prompt": prompt, "echo": True, "return_token_ids": True, "logprobs": 1, "stop": ["a"]}
     answer = ask(http, **wanted, max_tokens=0, **(USAGE if stream else {}))
     usage = (events(answer)[-1] if stream else answer.json())["usage"]
     (found,) = choices(answer)
@@ -87,7 +87,15 @@ def test_a_scored_prompt_is_all_there_is(http: httpx.Client, domain: dict[str, A
 @pytest.mark.parametrize("domain", [{}, {"domain": "a"}, {"domain": "a", "memory": "knn"}, {"domain": "a", "memory": "rag"}])
 def test_a_prompt_of_exactly_the_context_is_scored(http: httpx.Client, domain: dict[str, Any]) -> None:
     """As the next shorter one, and its last token as the one that would come."""
-    wanted = {**domain, "echo": True, "max_tokens": 0, "logprobs": 3, "n": 2, "temperature": 1, "return_tokens_as_token_ids": True}
+    wanted: dict[str, Any] = {
+        **domain,
+        "echo": True,
+        "max_tokens": 0,
+        "logprobs": 3,
+        "n": 2,
+        "temperature": 1,
+        "return_tokens_as_token_ids": True,
+    }
     shorter = choices(ask(http, **wanted, prompt=CONTEXT[:-1]))[0]["logprobs"]["token_logprobs"]
     next_one = ask(http, **domain, prompt=CONTEXT[:-1], logprobs=3, max_tokens=1).json()["choices"][0]["logprobs"]
     for stream in (False, True):
@@ -143,7 +151,7 @@ def test_usage_of_each_choice(http: httpx.Client, shape: dict[str, Any]) -> None
 @pytest.mark.parametrize("shape", [{}, {"stream": True}, {"echo": True}, {"stream": True, "echo": True}])
 def test_offsets_are_the_texts(http: httpx.Client, domain: dict[str, Any], shape: dict[str, Any]) -> None:
     """Whatever the tokens are called, and where bytes come that make no character."""
-    wanted = {
+    wanted: dict[str, Any] = {
         **domain,
         **shape,
         "prompt": "def réad(日):",
@@ -168,7 +176,14 @@ def test_offsets_are_the_texts(http: httpx.Client, domain: dict[str, Any], shape
 @pytest.mark.parametrize("stream", [False, True])
 def test_bytes_in_chats_are_the_text(http: httpx.Client, domain: dict[str, Any], stream: bool) -> None:
     """Each token's own, parts of characters included, whatever the tokens are called."""
-    wanted = {"temperature": 1.5, "seed": 2, "max_tokens": 16, "logprobs": True, "top_logprobs": 4, "logit_bias": {"0": -100}}
+    wanted: dict[str, Any] = {
+        "temperature": 1.5,
+        "seed": 2,
+        "max_tokens": 16,
+        "logprobs": True,
+        "top_logprobs": 4,
+        "logit_bias": {"0": -100},
+    }
     for named in ({}, {"return_tokens_as_token_ids": True}):
         answer = chat(http, **wanted, **domain, **named, stream=stream)
         parts = [c for event in (events(answer) if stream else [answer.json()]) for c in event["choices"]]
@@ -187,7 +202,7 @@ def test_bytes_in_chats_are_the_text(http: httpx.Client, domain: dict[str, Any],
 )
 def test_the_reason_comes_after_the_text(http: httpx.Client, domain: dict[str, Any], fields: dict[str, Any]) -> None:
     """Every choice's last event has the reason and nothing else, and is the only one with a reason; what came before is the plain text."""
-    wanted = {"max_tokens": 12, "ignore_eos": True, **domain, **fields}
+    wanted: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, **domain, **fields}
     for asked, path in ((ask, "text"), (chat, "delta")):
         if asked is chat and ("echo" in fields or "logprobs" in fields):
             continue
@@ -204,7 +219,7 @@ def test_the_reason_comes_after_the_text(http: httpx.Client, domain: dict[str, A
 @pytest.mark.parametrize("asked", [ask, chat])
 def test_one_event_a_token(http: httpx.Client, domain: dict[str, Any], asked: Any) -> None:
     """On request, also where drafts give several a step: each event has its piece of the text, and they add up."""
-    wanted = {"max_tokens": 16, "ignore_eos": True, "return_token_ids": True, "stream": True, **domain}
+    wanted: dict[str, Any] = {"max_tokens": 16, "ignore_eos": True, "return_token_ids": True, "stream": True, **domain}
     found = events(asked(http, **wanted, stream_options={"one_event_per_token": True}))
     plain = events(asked(http, **wanted))
 

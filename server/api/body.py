@@ -1,21 +1,18 @@
 """Request bodies before vLLM sees them: what its validators and its engine would fail on is the client's error, and said so."""
 
-import contextlib
-import json
 from typing import Any
 
 from fastapi import Request
 from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
 
+from memdec.server.api import structured_outputs
 from memdec.server.api.bounds import require_bounded
 from memdec.server.api.plain_json import require_plain
-from memdec.server.engine.openai_layer import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+from memdec.server.engine.openai_layer import ChatCompletionRequest, CompletionRequest, ResponsesRequest, asking
 from memdec.server.errors import RequestError
 from memdec.server.routing.domains import MODES
 from memdec.server.routing.spelling import require_spelt_headers
 
-COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
-LARGEST_COUNT = 10_000
 LONGEST_PRIORITY = 18  # characters
 OURS = {  # what our routes read beside OpenAI's and vLLM's fields
     "domain": {"type": "string", "description": "The memory to answer with, one of /v1/domains."},
@@ -74,35 +71,13 @@ def _validated(body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
 async def require_sound(raw_request: Request) -> None:
     """Raise RequestError for bodies that say what nobody could act on, for such headers, and for schemas that count too far."""
     require_plain(await raw_request.body())
+    engine, key, client = raw_request.app.state.engine_client, getattr(raw_request.state, "key", None), raw_request.client
+    asking.set(key.name if key is not None else client.host if client is not None else "")
     if len(raw_request.headers.get("x-vllm-priority", "")) > LONGEST_PRIORITY:
         raise RequestError("The header X-Vllm-Priority is not a number that fits 64 bits.")
     require_spelt_headers(raw_request.headers.keys())
     body = await raw_request.json()
     require_bounded(body)
     if isinstance(body, dict):
-        _require_small_schema(body)
-
-
-def _require_small_schema(body: dict[str, Any]) -> None:
-    """Refuse JSON schemas that count too far: compiling one takes time and memory in proportion, in the server's own process."""
-    waiting: list[Any] = [body.get(key) for key in ("response_format", "structured_outputs", "tools")]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, str) and node.lstrip().startswith("{"):  # a schema may also come as text
-            with contextlib.suppress(ValueError):
-                node = _parsed(node)
-        if isinstance(node, dict):
-            for key in COUNTS & node.keys():
-                if isinstance(node[key], int | float) and node[key] > LARGEST_COUNT:
-                    raise RequestError(f"{key} is {str(node[key])[:20]} in a JSON schema. It must be at most {LARGEST_COUNT:,}.", key)
-            waiting += node.values()
-        elif isinstance(node, list):
-            waiting += node
-
-
-def _parsed(text: str) -> Any:
-    """JSON from text. Raises ValueError, and RequestError where nesting would exhaust the parser."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise RequestError("A JSON schema given as text is nested too deeply.", "structured_outputs") from None
+        structured_outputs.require_small(body)
+        structured_outputs.require_effective(body, engine.vllm_config.structured_outputs_config.disable_any_whitespace)

@@ -1,7 +1,8 @@
 """/v1/completions and /v1/chat/completions, and what all routes that answer share: choose the domain, then let vLLM answer."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,13 +18,14 @@ from memdec.server.choice import RESERVED, MemoryChoice
 from memdec.server.engine.openai_layer import (
     ChatCompletionResponse,
     CompletionResponse,
-    GenerationError,
+    VLLMServerError,
     create_chat_completion,
     create_completion,
     validate_json_request,
     with_cancellation,
 )
 from memdec.server.errors import RequestError
+from memdec.server.logs import MEMDEC
 from memdec.server.retrieval.rag import Added, added
 from memdec.server.routing.domains import NONE, RAG
 from memdec.server.routing.selection import Selection, select
@@ -64,18 +66,14 @@ async def answer(handler: Any, request: Any, raw_request: Request) -> Response:
     response: Response | None
     engine = state.engine_client
     with engine.admit(choices):
-        try:
+        with _failures_logged(raw_request):
             response = await handler(request, raw_request)
-        except GenerationError as error:
-            if error.status_code != FAILED or not _is_constrained(request):
-                raise
-            raise _cannot_be_followed() from None
         if isinstance(response, StreamingResponse):
             response = await with_cancellation(_begin)(response, raw_request)
     if response is None:
         return Response(status_code=CLIENT_LEFT)
-    if response.status_code == FAILED and _is_constrained(request) and engine.is_running and not engine.draining:
-        raise _cannot_be_followed()  # streamed, it comes as an event
+    if response.status_code >= FAILED:
+        _log_failure(raw_request, f"HTTP {response.status_code}")
     if selection.mode == RAG:
         response = with_usage(response, retrieved, _field(request, "n") or 1)
     response.headers.update(selection.headers())
@@ -156,15 +154,19 @@ def _field(request: Any, name: str) -> Any:
     return getattr(request, name) if name in type(request).model_fields else None
 
 
-def _is_constrained(request: Any) -> bool:
-    """Whether the request says which tokens may come."""
-    form = _field(request, "response_format") or getattr(_field(request, "text"), "format", None)
-    return bool(request.structured_outputs or (form is not None and form.type != "text") or _field(request, "tools"))
+@contextmanager
+def _failures_logged(raw_request: Request) -> Iterator[None]:
+    """A failure of the server's own leaves a line with the request's id: vLLM answers 500, and says nothing of most."""
+    try:
+        yield
+    except VLLMServerError as error:
+        _log_failure(raw_request, f"{type(error).__name__}: {error}")
+        raise
 
 
-def _cannot_be_followed() -> RequestError:
-    """What the engine calls an internal error: it found no token that the request allows."""
-    return RequestError("The schema, grammar, choice or regular expression of this request can't be followed.", "structured_outputs")
+def _log_failure(raw_request: Request, what: str) -> None:
+    metadata = getattr(raw_request.state, "request_metadata", None)
+    MEMDEC.error("request %s failed: %s", getattr(metadata, "request_id", None), what)
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -17,7 +18,9 @@ from memdec.server.composite_spec import CompositeSpec
 from memdec.server.engine import rag, tracing
 from memdec.server.engine.admission import Admission, account, turn_of_request
 from memdec.server.engine.answer_scoring import scored
+from memdec.server.engine.grammars import FIELD, Grammars
 from memdec.server.engine.liveness import Liveness, engines_with_work
+from memdec.server.engine.sandbox import Sandbox
 from memdec.server.engine.shadows import Shadows
 from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError, ShuttingDown
@@ -26,6 +29,8 @@ from memdec.server.model.timing import PARTS
 from memdec.server.retrieval.rag import PassageFinder, added
 from memdec.server.routing.domains import DECODER, KNN, NONE, RAG
 from memdec.server.worker.shares import BACKGROUND
+
+CANNOT_BE_FOLLOWED = "The schema, grammar, choice or regular expression of this request can't be followed."
 
 
 class TimedOutputProcessor(OutputProcessor):
@@ -42,6 +47,18 @@ class TimedOutputProcessor(OutputProcessor):
         extra = getattr(request.sampling_params, "extra_args", None) or {}
         state.memory_segment = extra.get(SEGMENT, 0)
         state.memory_slot = extra.get(SLOT, 0)
+
+    def process_outputs(self, engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """An answer that ended because its grammar allowed no token is the client's mistake; vLLM tells it from no other failure.
+
+        The one failure that the scheduler reports with tokens is a grammar that doesn't take what was sampled under its own mask.
+        """
+        ended = [o for o in engine_core_outputs if o.finish_reason == FinishReason.ERROR and o.new_token_ids]
+        stuck = [state.queue for o in ended if (state := self.request_states.get(o.request_id)) is not None]
+        processed = super().process_outputs(engine_core_outputs, *args, **kwargs)
+        for queue in filter(None, stuck):
+            queue.put(VLLMValidationError(CANNOT_BE_FOLLOWED, parameter=FIELD))
+        return processed
 
     def _update_stats_from_output(self, req_state: Any, engine_core_output: Any, engine_core_timestamp: Any, iteration_stats: Any) -> None:
         first, before = req_state.is_prefilling, req_state.stats.last_token_ts if req_state.stats else 0.0
@@ -79,6 +96,8 @@ class MemoryEngine(AsyncLLM):
     shadows: Shadows | None = None
     takes_priorities = True
     """Whether clients may give their requests a priority, where the scheduler knows them."""
+    sandbox: Sandbox | None = None
+    """Started by the launcher, before there are threads; without one, the first grammar starts its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -91,6 +110,9 @@ class MemoryEngine(AsyncLLM):
         self.revisions: dict[str, str] = {entry.name: entry.revision for entry in decoders}
         # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
         self.input_processor.speculative_config = None
+        # vLLM would convert grammars in the event loop: the sandbox does, and add_request waits for it.
+        self.input_processor.structured_outputs_config = None
+        self.grammars = Grammars(self.vllm_config, self.sandbox)
         self.slots: dict[str, int] = {name: slot for slot, name in enumerate(self.revisions, 1)}
         """Where new requests of each domain go."""
         self.has_memories = bool(self.revisions)
@@ -154,7 +176,8 @@ class MemoryEngine(AsyncLLM):
         A client's own salt is namespaced, or it could name another domain's blocks. Lambda changes no KV, so requests that
         differ in it alone share blocks.
         """
-        params, choice = bounded(params), MemoryChoice.of(params)
+        params = await self._compilable(bounded(params))  # the one thing to wait for: domains may change meanwhile, so it comes first
+        choice = MemoryChoice.of(params)
         if choice is not None and choice.domain not in self.revisions:
             # The routes have checked it: it was unloaded since.
             raise VLLMNotFoundError(f"The domain {choice.domain!r} does not exist any more. Valid domains: {', '.join(self.revisions)}.")
@@ -177,6 +200,15 @@ class MemoryEngine(AsyncLLM):
         finally:
             self.admitting[slot] -= 1
             self.admission.arrived(getattr(params, "n", 1))
+
+    async def _compilable(self, params: Any) -> Any:
+        """The parameters with a grammar that has been tried. Raises VLLMValidationError."""
+        constraint = getattr(params, "structured_outputs", None)
+        if constraint is None or constraint.all_constraints_none():
+            return params
+        params = copy.copy(params)
+        params.structured_outputs = await self.grammars.checked(constraint)
+        return params
 
     @contextmanager
     def admit(self, choices: int) -> Iterator[None]:

@@ -23,9 +23,10 @@ from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_ro
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
-from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMServerError, VLLMValidationError
 
 from memdec.server.engine.answers import put_right
+from memdec.server.engine.grammars import asking
 from memdec.server.engine.large_answers import build_later, create_chat_completion, create_completion
 from memdec.server.engine.responses import MemoryResponses
 
@@ -36,10 +37,11 @@ __all__ = [
     "CompletionRequest",
     "CompletionResponse",
     "ErrorResponse",
-    "GenerationError",
     "ResponsesRequest",
     "ResponsesResponse",
+    "VLLMServerError",
     "add_middleware",
+    "asking",
     "build_later",
     "cancel_responses",
     "create_chat_completion",

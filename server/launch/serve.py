@@ -32,9 +32,12 @@ def serve(argv: list[str]) -> int:
         return 0
     import uvloop
 
+    from memdec.server.engine.client import MemoryEngine
+    from memdec.server.engine.sandbox import Sandbox
     from memdec.server.launch.running import run
 
     sys.setswitchinterval(0.001)  # seconds that the event loop waits for a thread that writes a large answer, each time
+    MemoryEngine.sandbox = Sandbox.fork()
     code: int = uvloop.run(run(args, settings))
     return code
 

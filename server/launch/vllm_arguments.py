@@ -18,6 +18,7 @@ from memdec.server.api.settings import Settings
 from memdec.server.checked_models import Models
 from memdec.server.errors import StartupError
 from memdec.server.launch.front_end import refuse_without_effect
+from memdec.server.launch.grammar_options import with_defaults
 from memdec.server.launch.options import DRAFTED_ON_CPU, OURS, CommandLine, Options
 from memdec.server.launch.tools import choose_parser
 from memdec.server.worker.draft_length import drafting
@@ -50,7 +51,7 @@ def parse_vllm(words: Sequence[str]) -> Namespace:
     if any(word in ("-h", "--help") or word.startswith("--help=") for word in words):
         _show_ours(parser)
     try:
-        args: Namespace = make_arg_parser(parser).parse_args(list(words))
+        args: Namespace = make_arg_parser(parser).parse_args(with_defaults(words))
         args.model = getattr(args, "model_tag", None) or (args.model if "--config" in words else None)
         if not args.model:
             raise StartupError("MODEL is missing: memdec serve MODEL --decoder NAME=PATH")

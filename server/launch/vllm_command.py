@@ -12,6 +12,7 @@ from memdec.server.api.settings import Settings
 from memdec.server.checked_models import Models
 from memdec.server.composite_spec import KEY, CompositeSpec, Served, spec_of
 from memdec.server.errors import StartupError
+from memdec.server.launch.grammar_options import with_defaults
 from memdec.server.launch.options import ADMIN_KEY, CommandLine, check, parse
 from memdec.server.routing.domains import Domain, Domains
 
@@ -29,7 +30,7 @@ def vllm_command(args: Namespace, line: CommandLine, settings: Settings) -> str:
     if line.options.admin_key:
         raise StartupError(f"--print-vllm: --admin-key would be there for all to read; put it into {ADMIN_KEY} where the command runs")
     require_one_process(settings, args.api_server_count or 1)
-    theirs = list(line.words)
+    theirs = with_defaults(line.words)
     theirs.remove(args.model_tag)
     options = {option: value for option, value in _filled(args, settings).items() if value is not None and option not in line.given}
     added = [word for option, value in options.items() for word in ([option] if value is True else [option, str(value)])]
@@ -50,7 +51,6 @@ def _filled(args: Namespace, settings: Settings) -> dict[str, Any]:
         "--host": args.host,
         "--shutdown-timeout": args.shutdown_timeout,
         "--max-num-queued-reqs": args.max_num_queued_reqs,
-        "--structured-outputs-config.backend": args.structured_outputs_config.backend,
         "--tool-call-parser": args.tool_call_parser if args.tools_shown else None,
         "--enable-auto-tool-choice": (args.enable_auto_tool_choice and args.tools_shown) or None,
         "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,

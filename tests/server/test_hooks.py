@@ -14,6 +14,7 @@ from vllm.config.compilation import CompilationConfig
 from vllm.config.scheduler import SchedulerConfig
 from vllm.distributed import parallel_state
 from vllm.entrypoints.generate import api_router as generate_routes
+from vllm.entrypoints.generate.base import protocol
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
@@ -52,10 +53,11 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
@@ -323,3 +325,27 @@ def test_off_the_loop() -> None:
         assert "message=sanitize_message(" in inspect.getsource(module)
     for create in (ServingTokenization.create_tokenize, ServingTokenization.create_detokenize):
         assert parameters(create) == ["self", "request", "raw_request"] and inspect.iscoroutinefunction(create)
+
+
+def test_grammars_are_tried_before_the_engine_sees_them() -> None:
+    """The sandbox runs vLLM's own checks and compile; vLLM's checks in the front end are switched off by the absence of a configuration."""
+    assert "structured_outputs_config is None" in inspect.getsource(SamplingParams._validate_structured_outputs)
+    assert "self.structured_outputs_config," in inspect.getsource(InputProcessor._validate_params)
+    assert parameters(SamplingParams._validate_structured_outputs) == ["self", "model_config", "structured_outputs_config", "tokenizer"]
+    assert parameters(StructuredOutputManager._create_grammar) == ["self", "request"]
+    assert "self._create_grammar(request)" in inspect.getsource(StructuredOutputManager.grammar_init)
+    for caller in (protocol.validate_structural_tag_response_format, protocol.validate_structured_outputs_structural_tag):
+        assert "validate_structural_tag_payload(" in inspect.getsource(caller)
+
+
+def test_a_grammar_without_a_next_token_ends_with_tokens() -> None:
+    """All other failures that the scheduler reports have none: what memdec.server.engine.client tells them apart by."""
+    source = inspect.getsource(Scheduler.update_from_output)
+    assert source.count("FINISHED_ERROR") == 2
+    assert (
+        source.index("grammar rejected tokens")
+        < source.index("FINISHED_ERROR")
+        < source.index("error_req_ids, RequestStatus.FINISHED_ERROR")
+    )
+    assert "new_token_ids=[]" in source[source.index("error_req_ids, RequestStatus.FINISHED_ERROR") :]
+    assert "isinstance(output, Exception)" in inspect.getsource(RequestOutputCollector.put)

@@ -7,7 +7,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from memdec.decoders.errors import ManifestError
+from memdec.decoders.reading.errors import ManifestError
 
 
 def fill_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> Any:

@@ -11,20 +11,20 @@ from memdec.decoders import parallel
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import PIECE, write_datastore
 from memdec.decoders.decoder import write_control, write_decoder
-from memdec.decoders.errors import OptionError
 from memdec.decoders.knn_targets import KEPT, KINDS, TUNED_ON, write_targets
 from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from memdec.decoders.models import load_model
-from memdec.decoders.names import DOMAIN, DOMAIN_RULE
 from memdec.decoders.near_duplicates import Cleaned, write_near_duplicates
 from memdec.decoders.package import write_package
 from memdec.decoders.perplexity import measure, table
 from memdec.decoders.pretrain import DECODER, Shape
+from memdec.decoders.reading.errors import OptionError
+from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
+from memdec.decoders.reading.weights import check_weights, fingerprint_model
 from memdec.decoders.teacher import write_student, write_tuned
 from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule
-from memdec.decoders.weights import check_weights, fingerprint_model
 
 LEAST_ENTRIES = 2_000  # what the training windows need
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from memdec.decoders.errors import CorpusError
+from memdec.decoders.reading.errors import CorpusError
 
 SPLITS = ("train", "valid", "test")
 ALIASES = {"train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memdec.decoders.errors import PackageError
+from memdec.decoders.reading.errors import PackageError
 
 PROBED = 32  # tokens of the sequence whose logits are compared
 TOLERATED = 1e-3  # of the largest logit

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from memdec.decoders import parallel
-from memdec.decoders.errors import ManifestError
+from memdec.decoders.reading.errors import ManifestError
 
 NAME = "manifest.json"
 INPUTS = "inputs.json"  # what a partial folder is being made from

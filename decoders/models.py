@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from memdec.decoders.errors import PackageError
+from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.tokenizer import first_line, trusted
 
 

@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from memdec.decoders import parallel
 from memdec.decoders.corpus import Corpus
-from memdec.decoders.errors import PackageError
 from memdec.decoders.manifest import Manifest, fingerprint, stage
 from memdec.decoders.models import load_model, save_model
 from memdec.decoders.near_duplicates import Cleaned
+from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.tokenizer import load_tokenizer, token_map_hash, train_tokenizer
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule, train
-from memdec.decoders.weights import fingerprint_model
 
 SAMPLE = 8_000_000  # characters of each corpus that the tokenizer sees
 

@@ -21,13 +21,13 @@ import faiss
 import numpy as np
 
 from memdec.decoders.datastore import Datastore
-from memdec.decoders.errors import PackageError
-from memdec.decoders.files import open_regular, read_json, shown
 from memdec.decoders.manifest import fingerprint
 from memdec.decoders.passages import INDEX as WORDS
 from memdec.decoders.passages import TOKENS, RagOptions
-from memdec.decoders.record import RetrievalRecord, checked
-from memdec.decoders.weights import THREADS, file_digest, fingerprint_model
+from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.files import open_regular, read_json, shown
+from memdec.decoders.reading.record import RetrievalRecord, checked
+from memdec.decoders.reading.weights import THREADS, file_digest, fingerprint_model
 
 NAME = "retrieval.json"
 FORMAT = 1

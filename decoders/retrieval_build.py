@@ -10,16 +10,16 @@ from memdec.decoders import parallel
 from memdec.decoders.build import LEAST_ENTRIES, Build
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import PIECE, Datastore, spread, write_datastore, write_index
-from memdec.decoders.errors import OptionError
 from memdec.decoders.knn_lm import Tuned, tune
 from memdec.decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import perplexity, score, scored, windows
+from memdec.decoders.reading.errors import OptionError
+from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
 from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens
-from memdec.decoders.weights import fingerprint_model
 
 NEIGHBOURS = (16, 64, 256, 1024)
 PROBED = (8, 16, 64)

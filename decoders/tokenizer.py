@@ -12,8 +12,8 @@ from tokenizers import decoders as token_decoders
 from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from memdec.decoders.errors import PackageError, TokenizerMismatch
-from memdec.decoders.files import read_bytes
+from memdec.decoders.reading.errors import PackageError, TokenizerMismatch
+from memdec.decoders.reading.files import read_bytes
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")

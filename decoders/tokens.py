@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from memdec.decoders import parallel
 from memdec.decoders.arrays import GrowingArray
 from memdec.decoders.corpus import SPLITS
-from memdec.decoders.errors import CorpusError
 from memdec.decoders.manifest import Bookmark, Manifest, stage
 from memdec.decoders.near_duplicates import Cleaned
+from memdec.decoders.reading.errors import CorpusError
 
 BATCH = 64  # documents a tokenizer call
 MINIMUM = 5_000  # tokens a split needs to say anything

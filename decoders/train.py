@@ -19,10 +19,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from memdec.decoders import parallel
-from memdec.decoders.errors import CorpusError, OptionError
 from memdec.decoders.head import Head
 from memdec.decoders.loss import sparse_cross_entropy
 from memdec.decoders.manifest import BOOKMARK
+from memdec.decoders.reading.errors import CorpusError, OptionError
 from memdec.decoders.tokenizer import first_line
 from memdec.decoders.tokens import Ids
 

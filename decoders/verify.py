@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from memdec.decoders.errors import PackageError
 from memdec.decoders.models import load_model
-from memdec.decoders.names import DOMAIN, DOMAIN_RULE, RECORD
 from memdec.decoders.package import Package, read_record
+from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE, RECORD
+from memdec.decoders.reading.weights import check_weights
 from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
-from memdec.decoders.weights import check_weights
 
 
 def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:

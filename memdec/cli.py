@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from memdec import flags
-from memdec.decoders.errors import DecoderError, OptionError
-from memdec.decoders.names import STAGES
+from memdec.decoders.reading.errors import DecoderError, OptionError
+from memdec.decoders.reading.names import STAGES
 from memdec.server.errors import MemdecError
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from memdec.decoders.names import DOMAIN, DOMAIN_RULE, RECORD
+from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE, RECORD
 from memdec.server.errors import StartupError
 
 

@@ -54,7 +54,7 @@ def main(job_path: str, result_path: str) -> None:
 
 def load(llm: Any, slot: int, path: str) -> int:
     """Load a decoder into a slot while the engine is there; returns the slot."""
-    from memdec.decoders.weights import scan
+    from memdec.decoders.reading.weights import scan
 
     assert llm.collective_rpc("stage_decoder", args=(slot, path, scan(Path(path)).digests)) == [None]
     while not (answers := llm.collective_rpc("load_staged", args=(1 << 30,)))[0]:

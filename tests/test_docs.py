@@ -12,7 +12,7 @@ from conftest import ROOT, start_server, stop_server
 
 from memdec.cli import _parser, main
 from memdec.decoders.build import BuildOptions
-from memdec.decoders.names import STAGES
+from memdec.decoders.reading.names import STAGES
 
 GUIDE = (ROOT / "docs" / "train.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]

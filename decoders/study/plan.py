@@ -10,8 +10,8 @@ from typing import Any
 
 from memdec.decoders.build import BuildOptions
 from memdec.decoders.corpus import STDLIB, Corpus
-from memdec.decoders.errors import CorpusError, OptionError
-from memdec.decoders.names import DOMAIN, DOMAIN_RULE
+from memdec.decoders.reading.errors import CorpusError, OptionError
+from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
 
 OPTIONAL = ("rag", "knn", "dapt", "lora")  # methods that a study can do without
 

@@ -20,11 +20,11 @@ from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.passages import Passages
 from memdec.decoders.perplexity import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
+from memdec.decoders.reading.weights import fingerprint_model, safetensors_header
 from memdec.decoders.study.plan import Budget
 from memdec.decoders.study.rag import CHOICES, rag_logprobs, tune_retrieval
 from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import Ids, load_ends, load_tokens
-from memdec.decoders.weights import fingerprint_model, safetensors_header
 
 METHODS = {
     "base": "base",

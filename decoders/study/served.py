@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from memdec.decoders.errors import DecoderError
 from memdec.decoders.perplexity import SCORED, WINDOW
+from memdec.decoders.reading.errors import DecoderError
 from memdec.decoders.study.scores import Heldout
 from memdec.decoders.train import progress
 

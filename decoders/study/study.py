@@ -18,6 +18,7 @@ from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned
 from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import perplexity
+from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.study import latency
 from memdec.decoders.study.continuations import continuations
 from memdec.decoders.study.lora import write_lora
@@ -30,7 +31,6 @@ from memdec.decoders.teacher import write_tuned
 from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule
-from memdec.decoders.weights import fingerprint_model
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memdec.decoders.names import DOMAIN, DOMAIN_RULE
+from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
 from memdec.server.errors import StartupError
 
 FORMAT = "KEY [name=NAME] [domains=A,B] [concurrent=N] [tokens=N]"

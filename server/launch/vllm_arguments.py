@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from memdec import flags
-from memdec.decoders.files import read_json
+from memdec.decoders.reading.files import read_json
 from memdec.decoders.tokenizer import TRUST, first_line
 from memdec.server.api.limits import QUEUED, Limits
 from memdec.server.api.settings import Settings

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.utils import device_loading_context
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from memdec.decoders.weights import read_tensors
+from memdec.decoders.reading.weights import read_tensors
 from memdec.server.model.attention import share_attention
 
 AHEAD = 2  # weights that are read before they are wanted

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from memdec.cli import main
 from memdec.decoders.build import Build
 from memdec.decoders.corpus import Corpus
-from memdec.decoders.errors import ManifestError
 from memdec.decoders.manifest import alone, stage
 from memdec.decoders.models import load_model, save_model
 from memdec.decoders.package import Package
 from memdec.decoders.pretrain import doubled
+from memdec.decoders.reading.errors import ManifestError
 from memdec.decoders.tokenizer import load_tokenizer
 
 TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]

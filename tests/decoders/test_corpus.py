@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from memdec.decoders.corpus import SPLITS, Corpus, split_of
-from memdec.decoders.errors import CorpusError
+from memdec.decoders.reading.errors import CorpusError
 
 
 def test_every_document_is_in_one_split_and_stays_there(tmp_path: Path) -> None:

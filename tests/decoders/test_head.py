@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from memdec.decoders.errors import PackageError
 from memdec.decoders.head import Head
 from memdec.decoders.loss import sparse_cross_entropy
+from memdec.decoders.reading.errors import PackageError
 
 SMALL = {
     "vocab_size": 97,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from memdec.decoders.errors import ManifestError
 from memdec.decoders.manifest import Bookmark, is_fresh, read_manifest, stage
+from memdec.decoders.reading.errors import ManifestError
 
 
 def make(out: Path, inputs: dict[str, Any], text: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from memdec.decoders.names import RECORD as NAME
+from memdec.decoders.reading.names import RECORD as NAME
 from memdec.server import metrics
 from memdec.server.checked_models import Models, check_models
 from memdec.server.engine import domain_updates

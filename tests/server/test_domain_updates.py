@@ -26,7 +26,7 @@ from reference import greedy, hugging_face
 from safetensors.torch import load_file, save_file
 from toys import QWEN_ROWS, qwen
 
-from memdec.decoders.weights import fingerprint_model
+from memdec.decoders.reading.weights import fingerprint_model
 from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import StartupError
 from memdec.server.launch.options import ADMIN_KEY, OURS, check, parse

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memdec.decoders.errors import DecoderError
 from memdec.decoders.models import load_model
+from memdec.decoders.reading.errors import DecoderError
 from memdec.decoders.tokenizer import TRUST, load_tokenizer
 from memdec.server.checked_models import check_models
 from memdec.server.errors import StartupError

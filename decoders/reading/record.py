@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from memdec.decoders.errors import PackageError
-from memdec.decoders.files import shown
+from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.files import shown
 
 FORMAT = 1
 DEFAULT_LAMBDA = 0.6  # the paper's v1, table 7: best or near it for most models

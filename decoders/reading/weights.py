@@ -17,8 +17,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from memdec.decoders.errors import PackageError
-from memdec.decoders.files import MOST_JSON, open_regular, parse_json, read_bytes, read_json, reason, shown
+from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.files import MOST_JSON, open_regular, parse_json, read_bytes, read_json, reason, shown
 
 CONFIG, INDEX, PATTERN = "config.json", "model.safetensors.index.json", "*.safetensors"
 MOST_HEADER = 8 << 20  # bytes; a tensor takes some 120. Parsing more would hold up all other threads

@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from memdec.decoders.errors import PackageError
+from memdec.decoders.reading.errors import PackageError
 
 MOST_JSON = 1 << 20  # bytes of a config or a record: a thousand times what they have
 MOST_NESTED = 32  # lists and objects within each other

@@ -26,8 +26,9 @@ from memdec.decoders import parallel
 from memdec.decoders.arrays import fill_array
 from memdec.decoders.manifest import Bookmark, Manifest, stage
 from memdec.decoders.models import load_model
+from memdec.decoders.reading.array_types import Floats, Ids, Keys
 from memdec.decoders.tokenizer import first_line
-from memdec.decoders.tokens import Ids, load_tokens
+from memdec.decoders.tokens import load_tokens
 from memdec.decoders.train import fast_precision, keep_freed_memory, progress
 
 WINDOW, FRESH = 512, 384  # tokens a window, and how many of its last keys are kept: no key has seen fewer than 128 tokens
@@ -37,9 +38,6 @@ PIECE = 4096  # tokens of a piece
 PROBED = 8  # index cells a query visits
 REFINED = 4  # candidates ranked again, as a multiple of k
 CHUNK = 100_000  # keys in memory as float32 at a time
-
-Floats = NDArray[np.float32]
-Keys = NDArray[np.float16]
 
 
 @dataclass(frozen=True)

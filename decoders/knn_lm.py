@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memdec.decoders.tokens import Ids
+from memdec.decoders.reading.array_types import Floats, Ids
 
 TAUS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(20))  # 0 too: a retriever that only hurts is left out
 NOT_FOUND = np.float32(1e38)
-
-Floats = NDArray[np.float32]
-Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

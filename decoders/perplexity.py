@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memdec.decoders.tokens import Ids
+from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.train import keep_freed_memory, progress
 
 WINDOW = 512

@@ -22,10 +22,10 @@ import numpy as np
 
 from memdec.decoders.datastore import Datastore
 from memdec.decoders.manifest import fingerprint
-from memdec.decoders.passages import INDEX as WORDS
-from memdec.decoders.passages import TOKENS, RagOptions
 from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.files import open_regular, read_json, shown
+from memdec.decoders.reading.passages import INDEX as WORDS
+from memdec.decoders.reading.passages import TOKENS, RagOptions
 from memdec.decoders.reading.record import RetrievalRecord, checked
 from memdec.decoders.reading.weights import THREADS, file_digest, fingerprint_model
 

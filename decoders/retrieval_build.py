@@ -13,9 +13,9 @@ from memdec.decoders.datastore import PIECE, Datastore, spread, write_datastore,
 from memdec.decoders.knn_lm import Tuned, tune
 from memdec.decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
 from memdec.decoders.models import load_model
-from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import perplexity, score, scored, windows
 from memdec.decoders.reading.errors import OptionError
+from memdec.decoders.reading.passages import Passages, RagOptions
 from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
 from memdec.decoders.tokenizer import load_tokenizer

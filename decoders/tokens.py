@@ -19,12 +19,11 @@ from memdec.decoders.arrays import GrowingArray
 from memdec.decoders.corpus import SPLITS
 from memdec.decoders.manifest import Bookmark, Manifest, stage
 from memdec.decoders.near_duplicates import Cleaned
+from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.errors import CorpusError
 
 BATCH = 64  # documents a tokenizer call
 MINIMUM = 5_000  # tokens a split needs to say anything
-
-Ids = NDArray[np.unsignedinteger]
 
 
 def write_tokens(out: Path, corpus: Cleaned, tokenizer: PreTrainedTokenizerBase, manifest: Manifest) -> Path:

@@ -20,8 +20,9 @@ from memdec.decoders.datastore import Datastore, with_exact_distances
 from memdec.decoders.knn_lm import label_probability, tune
 from memdec.decoders.models import load_model
 from memdec.decoders.perplexity import SCORED, label_logprobs, perplexity
+from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.study.scores import NEIGHBOURS, Heldout
-from memdec.decoders.tokens import Ids, load_tokens
+from memdec.decoders.tokens import load_tokens
 
 ENTRIES, WINDOWS, SPAN, OVERLAP = 100_000, 32, 512, 128
 Collect = Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]

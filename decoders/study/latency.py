@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.study.steps import Step
-from memdec.decoders.tokens import Ids
 
 ROUNDS = 5
 PROMPT = 256

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import SCORED, WINDOW, Floats, perplexity
-from memdec.decoders.tokens import Ids
+from memdec.decoders.reading.array_types import Ids
+from memdec.decoders.reading.passages import Passages, RagOptions
 from memdec.decoders.train import fast_precision, progress
 
 BATCH = 16

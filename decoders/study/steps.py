@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from memdec.decoders.datastore import Datastore
 from memdec.decoders.knn_lm import weights
-from memdec.decoders.passages import Passages, RagOptions
+from memdec.decoders.reading.passages import Passages, RagOptions
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 

@@ -16,8 +16,8 @@ from memdec.decoders.datastore import Datastore, write_datastore
 from memdec.decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned
-from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import perplexity
+from memdec.decoders.reading.passages import Passages, RagOptions
 from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.study import latency
 from memdec.decoders.study.continuations import continuations

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from memdec.decoders.passages import Passages
+from memdec.decoders.reading.passages import Passages
 from memdec.decoders.retrieval import RetrievalPackage
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ import torch
 from memdec.cli import main
 from memdec.decoders.manifest import fingerprint
 from memdec.decoders.models import load_model, save_model
-from memdec.decoders.passages import Passages, RagOptions
 from memdec.decoders.perplexity import label_logprobs, mix, perplexity, scored, windows
 from memdec.decoders.pretrain import doubled
+from memdec.decoders.reading.passages import Passages, RagOptions
 from memdec.decoders.study import scores
 from memdec.decoders.study.rag import rag_logprobs
 from memdec.decoders.study.report import interval, long_tail

@@ -14,7 +14,7 @@ from offline import run
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memdec.decoders.passages import Passages
+from memdec.decoders.reading.passages import Passages
 from memdec.decoders.retrieval import NAME, RetrievalPackage
 from memdec.server.checked_models import Models, check_models, with_datastores
 from memdec.server.errors import StartupError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from memdec.decoders.tokens import Ids
+from memdec.decoders.reading.array_types import Ids
 
 TOKENS, INDEX = "passages.npy", "bm25"
 

@@ -27,7 +27,7 @@ from memdec.decoders.arrays import fill_array
 from memdec.decoders.manifest import Bookmark, Manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.reading.array_types import Floats, Ids, Keys
-from memdec.decoders.tokenizer import first_line
+from memdec.decoders.reading.tokenizer import first_line
 from memdec.decoders.tokens import load_tokens
 from memdec.decoders.train import fast_precision, keep_freed_memory, progress
 

@@ -13,7 +13,7 @@ from memdec.decoders.loss import soft_targets
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model, save_model
 from memdec.decoders.reading.array_types import Ids
-from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens
 from memdec.decoders.train import Schedule, Targets, plain_targets, train
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from memdec.decoders.reading.errors import PackageError
-from memdec.decoders.tokenizer import first_line, trusted
+from memdec.decoders.reading.tokenizer import first_line, trusted
 
 
 def load_model(folder: Path | str) -> PreTrainedModel:

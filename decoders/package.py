@@ -17,8 +17,8 @@ from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.files import MOST_JSON, parse_json, read_bytes, read_json, shown
 from memdec.decoders.reading.names import RECORD
 from memdec.decoders.reading.record import FORMAT, Config, Record, checked
+from memdec.decoders.reading.tokenizer import load_tokenizer, token_map_hash
 from memdec.decoders.reading.weights import CONFIG, Scanned, check_weights, fingerprint_model, revision_of, scan
-from memdec.decoders.tokenizer import load_tokenizer, token_map_hash
 
 CARD = "README.md"
 MODEL_FILES = (

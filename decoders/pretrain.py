@@ -15,9 +15,10 @@ from memdec.decoders.corpus import Corpus
 from memdec.decoders.manifest import Manifest, fingerprint, stage
 from memdec.decoders.models import load_model, save_model
 from memdec.decoders.near_duplicates import Cleaned
+from memdec.decoders.new_tokenizer import train_tokenizer
 from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.tokenizer import load_tokenizer, token_map_hash
 from memdec.decoders.reading.weights import fingerprint_model
-from memdec.decoders.tokenizer import load_tokenizer, token_map_hash, train_tokenizer
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule, train
 

@@ -16,9 +16,9 @@ from memdec.decoders.models import load_model
 from memdec.decoders.perplexity import perplexity, score, scored, windows
 from memdec.decoders.reading.errors import OptionError
 from memdec.decoders.reading.passages import Passages, RagOptions
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
-from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens
 
 NEIGHBOURS = (16, 64, 256, 1024)

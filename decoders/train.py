@@ -24,7 +24,7 @@ from memdec.decoders.loss import sparse_cross_entropy
 from memdec.decoders.manifest import BOOKMARK
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.errors import CorpusError, OptionError
-from memdec.decoders.tokenizer import first_line
+from memdec.decoders.reading.tokenizer import first_line
 
 # windows' start positions [B], their labels [B, T] -> sparse targets: ids and probs, each [B * T, K]
 Targets = Callable[[NDArray[np.int64], Tensor], tuple[Tensor, Tensor]]

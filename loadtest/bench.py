@@ -200,7 +200,7 @@ def shapes(args: argparse.Namespace) -> dict[str, Any]:
 
 def real_prompts(folder: Path | None, count: int, tokens: int) -> dict[str, list[list[int]]]:
     """Domain -> prompts of so many tokens from its test text."""
-    from memdec.decoders.tokenizer import load_tokenizer
+    from memdec.decoders.reading.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ZOO / "base")
     texts = {"python": "\n\n".join(f.read_text(errors="ignore") for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::7])}

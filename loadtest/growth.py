@@ -23,8 +23,8 @@ from run import ROOT, commit, cpu, server
 
 from memdec.decoders.datastore import CHUNK, build_index, with_exact_distances, write_index
 from memdec.decoders.reading.passages import Passages
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.retrieval import INDEX, NAME, VALUES, RetrievalPackage, describe
-from memdec.decoders.tokenizer import load_tokenizer
 
 METHODS: dict[str, dict[str, Any]] = {
     "base": {},

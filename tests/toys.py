@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from memdec.decoders.tokenizer import train_tokenizer
+from memdec.decoders.new_tokenizer import train_tokenizer
 
 VOCABULARY = 1000
 BASE_ROWS, QWEN_ROWS, GPT_ROWS = 1024, 1008, 1088  # models pad their vocabularies, each in its own way

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from memdec.decoders import parallel
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model, save_model
-from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens
 from memdec.decoders.train import Schedule, train
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from memdec.decoders.manifest import write_whole
 from memdec.decoders.perplexity import Floats, perplexity
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.study.plan import Plan
 from memdec.decoders.study.plots import write_plots
 from memdec.decoders.study.scores import METHODS, weight_bytes
-from memdec.decoders.tokenizer import load_tokenizer
 
 RESAMPLED = 1000
 FREQUENT = 100  # function words: the most frequent tokens of the training text

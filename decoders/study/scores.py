@@ -21,10 +21,10 @@ from memdec.decoders.models import load_model
 from memdec.decoders.perplexity import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.passages import Passages
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model, safetensors_header
 from memdec.decoders.study.plan import Budget
 from memdec.decoders.study.rag import CHOICES, rag_logprobs, tune_retrieval
-from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_ends, load_tokens
 
 METHODS = {

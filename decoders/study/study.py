@@ -18,6 +18,7 @@ from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned
 from memdec.decoders.perplexity import perplexity
 from memdec.decoders.reading.passages import Passages, RagOptions
+from memdec.decoders.reading.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.study import latency
 from memdec.decoders.study.continuations import continuations
@@ -28,7 +29,6 @@ from memdec.decoders.study.scores import Heldout, Models, grids, write_scores
 from memdec.decoders.study.served import served_logprobs
 from memdec.decoders.study.steps import Step, mixed, plain, rag, retrieved
 from memdec.decoders.teacher import write_tuned
-from memdec.decoders.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule
 

@@ -17,8 +17,8 @@ from memdec.decoders.package import Package
 from memdec.decoders.reading.errors import DecoderError
 from memdec.decoders.reading.files import is_utf8, sendable
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model
-from memdec.decoders.tokenizer import load_tokenizer
 from memdec.server import metrics
 from memdec.server.checked_models import Models, domain_of, open_decoder, require_one_shape
 from memdec.server.engine.in_thread import in_thread

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.reading.tokenizer import load_tokenizer
 
 FORCED = "hermes"  # a parser that needs no tokens of its own
 MARKS = (  # what stands in templates, and the parser that looks for it; the first that is found counts

@@ -12,7 +12,7 @@ import torch
 
 from memdec import flags
 from memdec.decoders.reading.files import read_json
-from memdec.decoders.tokenizer import TRUST, first_line
+from memdec.decoders.reading.tokenizer import TRUST, first_line
 from memdec.server.api.limits import QUEUED, Limits
 from memdec.server.api.settings import Settings
 from memdec.server.checked_models import Models

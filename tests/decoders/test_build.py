@@ -24,7 +24,7 @@ from memdec.decoders.models import load_model, save_model
 from memdec.decoders.package import Package
 from memdec.decoders.pretrain import doubled
 from memdec.decoders.reading.errors import ManifestError
-from memdec.decoders.tokenizer import load_tokenizer
+from memdec.decoders.reading.tokenizer import load_tokenizer
 
 TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]
 

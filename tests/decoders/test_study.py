@@ -16,11 +16,11 @@ from memdec.decoders.models import load_model, save_model
 from memdec.decoders.perplexity import label_logprobs, mix, perplexity, scored, windows
 from memdec.decoders.pretrain import doubled
 from memdec.decoders.reading.passages import Passages, RagOptions
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.study import scores
 from memdec.decoders.study.rag import rag_logprobs
 from memdec.decoders.study.report import interval, long_tail
 from memdec.decoders.study.scores import METHODS
-from memdec.decoders.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens
 
 STUDY = """

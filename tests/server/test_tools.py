@@ -14,7 +14,8 @@ from vllm.parser.parser_manager import ParserManager
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tool_parsers import ToolParserManager
 
-from memdec.decoders.tokenizer import CHAT_TEMPLATE, load_tokenizer
+from memdec.decoders.new_tokenizer import CHAT_TEMPLATE
+from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.server.api.body import ChatCompletion, ResponseRequest
 from memdec.server.api.fields import pin_forced_calls, require_shown_tools
 from memdec.server.engine.tool_calls import bounded

@@ -10,7 +10,7 @@ import pytest
 
 from memdec.decoders.models import load_model
 from memdec.decoders.reading.errors import DecoderError
-from memdec.decoders.tokenizer import TRUST, load_tokenizer
+from memdec.decoders.reading.tokenizer import TRUST, load_tokenizer
 from memdec.server.checked_models import check_models
 from memdec.server.errors import StartupError
 from memdec.server.launch.vllm_arguments import require_safe_loading

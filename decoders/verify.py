@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from memdec.decoders.models import load_model
-from memdec.decoders.package import Package, read_record
 from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE, RECORD
+from memdec.decoders.reading.package import Package, read_record
 from memdec.decoders.reading.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.reading.weights import check_weights
 

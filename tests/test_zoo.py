@@ -9,8 +9,8 @@ from conftest import ROOT
 
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.models import load_model
-from memdec.decoders.package import Package
 from memdec.decoders.perplexity import label_logprobs, mix, perplexity
+from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import safetensors_header
 from memdec.server.checked_models import check_models

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memdec.decoders.package import Package
 from memdec.decoders.reading.errors import DecoderError
 from memdec.decoders.reading.files import is_utf8, sendable
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
+from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model
 from memdec.server import metrics

@@ -21,9 +21,9 @@ from memdec.decoders.build import Build
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.manifest import alone, stage
 from memdec.decoders.models import load_model, save_model
-from memdec.decoders.package import Package
 from memdec.decoders.pretrain import doubled
 from memdec.decoders.reading.errors import ManifestError
+from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.tokenizer import load_tokenizer
 
 TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]

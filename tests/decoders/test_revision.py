@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from memdec.decoders.package import Package
 from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.names import RECORD
+from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.weights import fingerprint_model, scan
 
 ROWS = 600  # 4.8 MB: the places that were sampled of old, 16 times 64 KiB, were a fifth of it

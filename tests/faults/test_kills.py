@@ -17,8 +17,8 @@ import httpx
 import pytest
 from conftest import ROOT, Server, free_port, start_server
 
-from memdec.decoders.package import Package
 from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.package import Package
 
 BODY = {"prompt": "def f(", "max_tokens": 450, "ignore_eos": True, "domain": "a", "stream": True}
 

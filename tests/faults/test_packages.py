@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from memdec.decoders.package import Package
 from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.files import open_regular
 from memdec.decoders.reading.names import RECORD as NAME
+from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.weights import MOST_HEADER, fingerprint_model, read_tensors, scan
 from memdec.decoders.retrieval import INDEX, KEY, VALUES, RetrievalPackage, describe
 from memdec.decoders.retrieval import NAME as RETRIEVAL

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memdec.decoders.reading.array_types import Floats, Ids
+from memdec.decoders.reading.neighbours import weights
 
 TAUS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(20))  # 0 too: a retriever that only hurts is left out
-NOT_FOUND = np.float32(1e38)
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,6 @@ class Tuned:
 
 def _mixed(knn: NDArray[np.float64], base: NDArray[np.float64], lam: float) -> NDArray[np.float64]:
     result: NDArray[np.float64] = np.log(np.maximum(lam * knn + (1 - lam) * base, 1e-30))
-    return result
-
-
-def weights(distances: Floats, tau: float) -> Floats:
-    """The neighbours' softmax weights, [n, k]. Neighbours that weren't found come as distances of 3.4e38 and get none."""
-    found = distances < NOT_FOUND
-    logits = np.where(found, distances.min(1, keepdims=True) - distances, -1e9 * tau) / tau
-    result: Floats = np.exp(logits) * found
-    result /= np.maximum(result.sum(1, keepdims=True), np.finfo(np.float32).tiny)
     return result
 
 

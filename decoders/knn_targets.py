@@ -17,13 +17,13 @@ import torch
 
 from memdec.decoders import parallel
 from memdec.decoders.arrays import fill_array
-from memdec.decoders.datastore import Datastore
 from memdec.decoders.head import Head
 from memdec.decoders.knn_lm import Tuned, add_up, token_masses, tune
 from memdec.decoders.manifest import Bookmark, Manifest, stage, write_whole
 from memdec.decoders.models import load_model
 from memdec.decoders.perplexity import score, scored, windows
 from memdec.decoders.reading.array_types import Floats, Ids, Keys, Numbers
+from memdec.decoders.reading.datastore import Datastore
 from memdec.decoders.tokens import load_tokens
 from memdec.decoders.train import progress
 

@@ -6,7 +6,6 @@ made from the same inputs, and thrown away if not; a finished folder is renamed 
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 
 from memdec.decoders import parallel
 from memdec.decoders.reading.errors import ManifestError
+from memdec.decoders.reading.files import json_hash
 
 NAME = "manifest.json"
 INPUTS = "inputs.json"  # what a partial folder is being made from
@@ -28,7 +28,7 @@ Manifest = dict[str, Any]  # the inputs of one artifact: hashes, options, versio
 
 def fingerprint(manifest: Manifest) -> str:
     """Hash of a manifest's inputs, to chain into the manifests of what is made from the artifact."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    return json_hash(manifest)
 
 
 @contextlib.contextmanager

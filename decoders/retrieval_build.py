@@ -9,16 +9,17 @@ import numpy as np
 from memdec.decoders import parallel
 from memdec.decoders.build import LEAST_ENTRIES, Build
 from memdec.decoders.corpus import Corpus
-from memdec.decoders.datastore import PIECE, Datastore, spread, write_datastore, write_index
+from memdec.decoders.datastore import PIECE, spread, write_datastore, write_index
 from memdec.decoders.knn_lm import Tuned, tune
 from memdec.decoders.manifest import INPUTS, Manifest, alone, fingerprint, read_manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.perplexity import perplexity, score, scored, windows
+from memdec.decoders.reading.datastore import Datastore
 from memdec.decoders.reading.errors import OptionError
 from memdec.decoders.reading.passages import Passages, RagOptions
+from memdec.decoders.reading.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
 from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model
-from memdec.decoders.retrieval import FORMAT, INDEX, KEY, NAME, VALUES, describe
 from memdec.decoders.tokens import load_tokens
 
 NEIGHBOURS = (16, 64, 256, 1024)

@@ -21,10 +21,11 @@ import httpx
 import numpy as np
 from run import ROOT, commit, cpu, server
 
-from memdec.decoders.datastore import CHUNK, build_index, with_exact_distances, write_index
+from memdec.decoders.datastore import build_index, write_index
+from memdec.decoders.reading.datastore import CHUNK, with_exact_distances
 from memdec.decoders.reading.passages import Passages
+from memdec.decoders.reading.retrieval import INDEX, NAME, VALUES, RetrievalPackage, describe
 from memdec.decoders.reading.tokenizer import load_tokenizer
-from memdec.decoders.retrieval import INDEX, NAME, VALUES, RetrievalPackage, describe
 
 METHODS: dict[str, dict[str, Any]] = {
     "base": {},

@@ -12,9 +12,9 @@ from memdec.decoders.reading.errors import DecoderError
 from memdec.decoders.reading.files import read_json, shown
 from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.record import Config, checked
+from memdec.decoders.reading.retrieval import RetrievalPackage
 from memdec.decoders.reading.tokenizer import first_line, load_copied, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from memdec.decoders.reading.weights import CONFIG, check_weights, fingerprint_model, scan
-from memdec.decoders.retrieval import RetrievalPackage
 from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry, Served
 from memdec.server.errors import StartupError
 from memdec.server.naming import parse_named, require_folder

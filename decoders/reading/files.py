@@ -4,6 +4,7 @@ Whoever may write into a folder may put a named pipe there, a folder called `mod
 and may swap files between two looks at them. So a file's kind and place are those of what was opened, and what is used is what was read.
 """
 
+import hashlib
 import json
 import os
 import stat
@@ -92,6 +93,11 @@ def _require_sound(value: object, name: object) -> None:
                 raise PackageError(f"{name}: the text {shown(one)} is not UTF-8 (half a surrogate pair)")
             inner += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
         level = inner
+
+
+def json_hash(value: Any) -> str:
+    """Hash of a value that JSON can hold, 16 hexadecimal digits; the order of keys doesn't matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_utf8(text: str) -> bool:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from memdec.decoders.datastore import Datastore
 from memdec.decoders.models import load_model
+from memdec.decoders.reading.datastore import Datastore
 from memdec.decoders.study.scores import Models
 from memdec.decoders.study.steps import Step, mixed, plain, retrieved
 

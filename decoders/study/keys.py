@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memdec.decoders.datastore import Datastore, with_exact_distances
 from memdec.decoders.knn_lm import label_probability, tune
 from memdec.decoders.models import load_model
 from memdec.decoders.perplexity import SCORED, label_logprobs, perplexity
 from memdec.decoders.reading.array_types import Ids
+from memdec.decoders.reading.datastore import Datastore, with_exact_distances
 from memdec.decoders.study.scores import NEIGHBOURS, Heldout
 from memdec.decoders.tokens import load_tokens
 

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memdec.decoders import knn_lm
-from memdec.decoders.datastore import Datastore
 from memdec.decoders.knn_lm import TAUS, tune
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model
 from memdec.decoders.perplexity import LAMBDAS, SCORED, WINDOW, Floats, best_lambda, label_logprobs, mix, perplexity, score, scored, windows
 from memdec.decoders.reading.array_types import Ids
+from memdec.decoders.reading.datastore import Datastore
 from memdec.decoders.reading.passages import Passages
 from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model, safetensors_header

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from memdec.decoders.datastore import Datastore
-from memdec.decoders.knn_lm import weights
+from memdec.decoders.reading.datastore import Datastore
+from memdec.decoders.reading.neighbours import weights
 from memdec.decoders.reading.passages import Passages, RagOptions
 
 Step = Callable[[torch.Tensor], torch.Tensor]

@@ -12,11 +12,12 @@ import numpy as np
 from memdec.decoders import parallel
 from memdec.decoders.build import Build
 from memdec.decoders.corpus import Corpus
-from memdec.decoders.datastore import Datastore, write_datastore
+from memdec.decoders.datastore import write_datastore
 from memdec.decoders.manifest import Manifest, fingerprint, read_manifest, stage, write_whole
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned
 from memdec.decoders.perplexity import perplexity
+from memdec.decoders.reading.datastore import Datastore
 from memdec.decoders.reading.passages import Passages, RagOptions
 from memdec.decoders.reading.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.reading.weights import fingerprint_model

@@ -12,8 +12,8 @@ import torch
 import vllm
 from fastapi import FastAPI
 
+from memdec.decoders.reading.retrieval import RetrievalPackage
 from memdec.decoders.reading.tokenizer import load_tokenizer
-from memdec.decoders.retrieval import RetrievalPackage
 from memdec.server import metrics
 from memdec.server.api.app import assemble, inform
 from memdec.server.api.settings import Settings, Web

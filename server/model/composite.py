@@ -24,8 +24,8 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.platforms import current_platform
 
+from memdec.decoders.reading.retrieval import RetrievalPackage
 from memdec.decoders.reading.tokenizer import trusted
-from memdec.decoders.retrieval import RetrievalPackage
 from memdec.server.composite_spec import spec_of
 from memdec.server.model.attention import share_attention
 from memdec.server.model.mixing import mix

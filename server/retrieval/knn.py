@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memdec.decoders.knn_lm import weights
-from memdec.decoders.retrieval import RetrievalPackage
+from memdec.decoders.reading.neighbours import weights
+from memdec.decoders.reading.retrieval import RetrievalPackage
 
 
 class KnnMemory:

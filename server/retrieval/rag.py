@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from memdec.decoders.reading.passages import Passages
-from memdec.decoders.retrieval import RetrievalPackage
+from memdec.decoders.reading.retrieval import RetrievalPackage
 
 T = TypeVar("T")
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from memdec.decoders import knn_targets
-from memdec.decoders.datastore import PIECE, Datastore, build_index, spread, with_exact_distances
+from memdec.decoders.datastore import PIECE, build_index, spread
 from memdec.decoders.head import Head
 from memdec.decoders.knn_lm import LAMBDAS, add_up, label_probability, token_masses, tune
 from memdec.decoders.knn_targets import KEPT, beside_teacher, search_own, sparse_rows
 from memdec.decoders.perplexity import scored
+from memdec.decoders.reading.datastore import Datastore, with_exact_distances
 
 VOCABULARY = 40
 

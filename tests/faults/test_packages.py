@@ -19,9 +19,9 @@ from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.files import open_regular
 from memdec.decoders.reading.names import RECORD as NAME
 from memdec.decoders.reading.package import Package
+from memdec.decoders.reading.retrieval import INDEX, KEY, VALUES, RetrievalPackage, describe
+from memdec.decoders.reading.retrieval import NAME as RETRIEVAL
 from memdec.decoders.reading.weights import MOST_HEADER, fingerprint_model, read_tensors, scan
-from memdec.decoders.retrieval import INDEX, KEY, VALUES, RetrievalPackage, describe
-from memdec.decoders.retrieval import NAME as RETRIEVAL
 
 CONFIG = {"architectures": ["Toy"], "vocab_size": 4, "hidden_size": 2}
 FIGURES = {"name": "base", "lambda": 0.5, "base": 9.0, "mixture": 8.0, "tokens": 100}

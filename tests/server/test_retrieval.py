@@ -15,7 +15,7 @@ from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memdec.decoders.reading.passages import Passages
-from memdec.decoders.retrieval import NAME, RetrievalPackage
+from memdec.decoders.reading.retrieval import NAME, RetrievalPackage
 from memdec.server.checked_models import Models, check_models, with_datastores
 from memdec.server.errors import StartupError
 

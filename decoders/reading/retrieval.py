@@ -20,10 +20,9 @@ from typing import Any
 import faiss
 import numpy as np
 
-from memdec.decoders.datastore import Datastore
-from memdec.decoders.manifest import fingerprint
+from memdec.decoders.reading.datastore import Datastore
 from memdec.decoders.reading.errors import PackageError
-from memdec.decoders.reading.files import open_regular, read_json, shown
+from memdec.decoders.reading.files import json_hash, open_regular, read_json, shown
 from memdec.decoders.reading.passages import INDEX as WORDS
 from memdec.decoders.reading.passages import TOKENS, RagOptions
 from memdec.decoders.reading.record import RetrievalRecord, checked
@@ -105,7 +104,7 @@ class RetrievalPackage:
     @property
     def revision(self) -> str:
         """Fingerprint of its files."""
-        return fingerprint(self.files)
+        return json_hash(self.files)
 
 
 def describe(file: Path) -> dict[str, Any]:

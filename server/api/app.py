@@ -19,8 +19,9 @@ from memdec.server.api.settings import Settings, Web
 from memdec.server.api.short_errors import ShortErrors
 from memdec.server.engine import off_loop
 from memdec.server.engine import openai_layer as vllm_api
+from memdec.server.engine.domain_updates import DomainUpdates
+from memdec.server.engine.loaded_domains import LoadedDomains, Snapshot
 from memdec.server.errors import MemdecError
-from memdec.server.routing.domains import Domains
 
 METHOD_NOT_ALLOWED = 405
 
@@ -83,16 +84,16 @@ def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
         app.add_middleware(RequestLog)
 
 
-def inform(state: Any, settings: Settings, updates: Any = None) -> None:
+def inform(state: Any, settings: Settings, loaded: LoadedDomains, updates: DomainUpdates | None = None) -> None:
     """Tell the app's state, in which vLLM's serving objects are by now, what there is to serve and within which limits.
 
-    `updates` is the memdec.server.engine.domain_updates.DomainUpdates of a server whose domains may change.
+    `loaded` is the engine client's; `updates` is there where domains may change.
     """
-    domains, limits = settings.models.domains, settings.limits
-    state.domains, state.limits = domains, limits
+    limits, base = settings.limits, settings.models.domains.base
+    state.loaded, state.limits = loaded, limits
+    loaded.subscribers.append(partial(_name_models, state))
     if updates is not None:
         state.domain_updates = updates
-        updates.publish = partial(_publish, state)
     vllm_api.equip_responses(state)
     off_loop.tokenise_in_threads(state)
     vllm_api.put_right(state)
@@ -100,14 +101,13 @@ def inform(state: Any, settings: Settings, updates: Any = None) -> None:
     vllm_api.build_later(state)
     vllm_api.limit_tokens(state, limits.max_prompt_tokens, limits.max_output_tokens)
     # Answers carry the model name that the client asked for, alias included.
-    state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or domains.base
+    state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or base
 
 
-def _publish(state: Any, domains: Domains) -> None:
-    """Tell the routes, and vLLM's, what may be asked for now."""
-    state.domains = domains
+def _name_models(state: Any, _: Snapshot, snapshot: Snapshot) -> None:
+    """Give vLLM's routes the model names of the current domains."""
     paths = state.openai_serving_models.base_model_paths  # one list, which several of vLLM's objects hold
-    paths[:] = [vllm_api.BaseModelPath(name=name, model_path=paths[0].model_path) for name in domains.models]
+    paths[:] = [vllm_api.BaseModelPath(name=name, model_path=paths[0].model_path) for name in snapshot.domains.models]
 
 
 async def error_response(_: Request, error: Exception) -> JSONResponse:

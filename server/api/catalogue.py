@@ -17,7 +17,7 @@ CREATED = int(time.time())
 
 def offered(request: Request) -> Domains:
     """The domains that this request's API key may use; without keys, all."""
-    domains: Domains = request.app.state.domains
+    domains: Domains = request.app.state.loaded.current.domains
     key: Key | None = getattr(request.state, "key", None)
     return domains if key is None or key.domains is None else domains.only(key.may_use)
 
@@ -36,7 +36,7 @@ async def domains(request: Request) -> dict[str, Any]:
     Slots are shown to whoever may use all domains.
     """
     seen, updates = offered(request), getattr(request.app.state, "domain_updates", None)
-    slots = {"slots": updates.slots_json()} if updates is not None and seen is request.app.state.domains else {}
+    slots = {"slots": updates.slots_json()} if updates is not None and seen is request.app.state.loaded.current.domains else {}
     return {"object": "list", "data": [d.to_json() for d in seen], **slots}
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
@@ -20,6 +20,7 @@ from memdec.server.engine.admission import Admission, account, turn_of_request
 from memdec.server.engine.answer_scoring import scored
 from memdec.server.engine.grammars import FIELD, Grammars
 from memdec.server.engine.liveness import Liveness, engines_with_work
+from memdec.server.engine.loaded_domains import LoadedDomains
 from memdec.server.engine.sandbox import Sandbox
 from memdec.server.engine.shadows import Shadows
 from memdec.server.engine.tool_calls import bounded
@@ -92,6 +93,8 @@ class CutOff(EngineDeadError):
 class MemoryEngine(AsyncLLM):
     """The engine client of one server process."""
 
+    loaded: LoadedDomains
+    """Set by the launcher before the first request."""
     draining = False
     shadows: Shadows | None = None
     takes_priorities = True
@@ -107,15 +110,12 @@ class MemoryEngine(AsyncLLM):
         """What an AsyncLLM lacks: names, slots and metrics of its memories."""
         spec = CompositeSpec.of(self.vllm_config.model_config.hf_config)
         decoders, datastores = (spec.decoders, spec.datastores) if spec is not None else ((), ())
-        self.revisions: dict[str, str] = {entry.name: entry.revision for entry in decoders}
         # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
         self.input_processor.speculative_config = None
         # vLLM would convert grammars in the event loop: the sandbox does, and add_request waits for it.
         self.input_processor.structured_outputs_config = None
         self.grammars = Grammars(self.vllm_config, self.sandbox)
-        self.slots: dict[str, int] = {name: slot for slot, name in enumerate(self.revisions, 1)}
-        """Where new requests of each domain go."""
-        self.has_memories = bool(self.revisions)
+        self.has_memories = bool(decoders)
         self.admitting: Counter[int] = Counter()
         """Requests on their way into the engine, by slot."""
         self.finders: dict[str, PassageFinder] = {}
@@ -128,7 +128,7 @@ class MemoryEngine(AsyncLLM):
         # The output loop holds on to this object, so it can't be replaced by another.
         self.output_processor.__class__ = TimedOutputProcessor
         retrieved = [(mode, entry.name) for entry in datastores for mode in (KNN, RAG)]
-        self.output_processor.timings = Timings([(mode, name) for name in self.revisions for mode in (DECODER, NONE)] + retrieved)
+        self.output_processor.timings = Timings([(mode, entry.name) for entry in decoders for mode in (DECODER, NONE)] + retrieved)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
         """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt. Prompts come in their order in the HTTP request."""
@@ -177,17 +177,18 @@ class MemoryEngine(AsyncLLM):
         differ in it alone share blocks.
         """
         params = await self._compilable(bounded(params))  # the one thing to wait for: domains may change meanwhile, so it comes first
-        choice = MemoryChoice.of(params)
-        if choice is not None and choice.domain not in self.revisions:
+        choice, current = MemoryChoice.of(params), self.loaded.current
+        if choice is not None and choice.domain not in current.revisions:
             # The routes have checked it: it was unloaded since.
-            raise VLLMNotFoundError(f"The domain {choice.domain!r} does not exist any more. Valid domains: {', '.join(self.revisions)}.")
-        salt = cache_salt(choice, self.revisions, prompt.get("cache_salt") if isinstance(prompt, dict) else prompt.cache_salt)
+            valid = ", ".join(current.domains.names)
+            raise VLLMNotFoundError(f"The domain {choice.domain!r} does not exist any more. Valid domains: {valid}.")
+        salt = cache_salt(choice, current.revisions, prompt.get("cache_salt") if isinstance(prompt, dict) else prompt.cache_salt)
         if salt is not None:
             if isinstance(prompt, dict):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
-        slot = self.slots[choice.domain] if choice is not None and choice.mode == DECODER and choice.mixed else 0
+        slot = current.slots[choice.domain] if choice is not None and choice.mode == DECODER and choice.mixed else 0
         params = _told(params, slot)
         self.admitting[slot] += 1
         try:
@@ -263,7 +264,7 @@ def _charge(prompt: Any, params: Any) -> None:
         mine.spend(len(ids or ()) + getattr(params, "n", 1) * (getattr(params, "max_tokens", None) or 0))
 
 
-def cache_salt(choice: MemoryChoice | None, revisions: dict[str, str], client: str | None) -> str | None:
+def cache_salt(choice: MemoryChoice | None, revisions: Mapping[str, str], client: str | None) -> str | None:
     """The salt of a request's first cache block; None, vLLM's default, for the base without a salt of the client's.
 
     Only decoders have KV of their own: kNN-LM and RAG fill the base's blocks.

@@ -8,7 +8,7 @@ request is given its slot when it enters the engine and keeps it, so a slot is e
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +19,11 @@ from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
 from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model
-from memdec.server import metrics
 from memdec.server.checked_models import Models, domain_of, open_decoder, require_one_shape
 from memdec.server.engine.in_thread import in_thread
 from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
-from memdec.server.routing.domains import DECODER, NONE, Domain, Domains
+from memdec.server.routing.domains import DECODER, NONE, Domain
 
 PIECE = 16 << 20  # bytes of weights that are worked on between two steps
 POLL = 0.05  # seconds between two looks at whether a slot is free
@@ -43,13 +42,10 @@ class Found:
 
 
 class DomainUpdates:
-    """What a server's domains are, and how they change."""
-
-    publish: Callable[[Domains], None]
-    """Set by the app: tells its routes what there is now."""
+    """Loads, replaces and unloads the decoders of a running server, and publishes the new domains in `engine.loaded`."""
 
     def __init__(self, engine: Any, models: Models, options: UpdateOptions) -> None:
-        self.engine, self.domains, self.options = engine, models.domains, options
+        self.engine, self.options = engine, options
         self.tokenizer = load_tokenizer(models.base)
         self.base_revision = fingerprint_model(models.base)
         first = models.domains.all[0]
@@ -71,14 +67,12 @@ class DomainUpdates:
         """Take no more requests for a domain, and empty its slot when the last one is done. Raises RequestError."""
         async with self.lock:
             self._require_running()
-            domain = self.domains.find(name)
+            current = self.engine.loaded.current
+            domain = current.domains.find(name)
             if domain.datastore is not None:
                 raise DomainStays(f"The domain {name!r} has a datastore, which can't be unloaded. Start the server without it instead.")
-            with self._all_or_nothing():
-                slot = self.engine.slots.pop(name)
-                del self.engine.revisions[name]
-                self._publish(self.domains.without(name))
-            self._drain(slot, domain)
+            self.engine.loaded.publish(current.without(name))
+            self._drain(current.slots[name], domain)
 
     def slots_json(self) -> dict[str, Any]:
         """How many decoders there may be, how many more there could be now, and which still answer their last requests."""
@@ -97,25 +91,22 @@ class DomainUpdates:
             self._require_running()
             deadline = time.monotonic() + self.options.seconds
             found = await self._in_time(in_thread(self._checked, name, path), deadline)
-            before = self.domains.get(name)
+            current = self.engine.loaded.current
+            before = current.domains.get(name)
             domain = replace(found.domain, datastore=before.datastore if before is not None else None)
             if before is not None and before.revision == domain.revision:
-                with self._all_or_nothing():
-                    self._publish(self.domains.having(domain))
+                self.engine.loaded.publish(current.having(domain, current.slots[name]))
                 return domain, False
             slot = self._slot_for(name)
             await self._fill(slot, found, deadline)
-            left = self.engine.slots.get(name)
             try:
-                with self._all_or_nothing():
-                    self.engine.output_processor.timings.know([(mode, name) for mode in (DECODER, NONE)])
-                    self.engine.slots[name], self.engine.revisions[name] = slot, domain.revision
-                    self._publish(self.domains.having(domain))
+                self.engine.output_processor.timings.know([(mode, name) for mode in (DECODER, NONE)])
+                self.engine.loaded.publish(current.having(domain, slot))
             except BaseException:
                 await self._clear(slot)
                 raise
-            if before is not None and left is not None:
-                self._drain(left, before)
+            if before is not None:
+                self._drain(current.slots[name], before)
             return domain, before is None
 
     def _require_running(self) -> None:
@@ -135,22 +126,6 @@ class DomainUpdates:
                     return task.result()
         finally:
             task.cancel()
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """What is known of domains changes within, without waiting for anything; if any of it fails, all is as it was."""
-        engine, domains = self.engine, self.domains
-        known = [(kept, dict(kept)) for kept in (engine.slots, engine.revisions)]
-        try:
-            yield
-        except BaseException:
-            for kept, old in known:
-                kept.clear()
-                kept.update(old)
-            with contextlib.suppress(Exception):  # what has failed may fail again, but is the last thing that is told
-                self._publish(domains)
-            self.domains = domains
-            raise
 
     def _checked(self, name: str, path: str) -> Found:
         """A decoder, checked as at start-up. Raises OutsideRoots and BadPackage."""
@@ -181,7 +156,7 @@ class DomainUpdates:
         raise OutsideRoots(f"A file in {path[:200]!r} is a link to outside of the folders that --domain-root names.")
 
     def _free(self) -> Iterator[int]:
-        taken = {*self.engine.slots.values(), *self.draining}
+        taken = {*self.engine.loaded.current.slots.values(), *self.draining}
         return (slot for slot in range(1, self.options.slots + 1) if slot not in taken)
 
     def _slot_for(self, name: str) -> int:
@@ -189,9 +164,10 @@ class DomainUpdates:
         slot = next(self._free(), None)
         if slot is not None:
             return slot
-        loaded = [f"{d.name} ({d.revision})" for d in self.domains]
+        domains = self.engine.loaded.current.domains
+        loaded = [f"{d.name} ({d.revision})" for d in domains]
         leaving = [f"{d.name} ({d.revision}, until its last request is done)" for d in self.draining.values()]
-        why = "A new revision needs a free slot until the old one's last request is done. " if name in self.domains.names else ""
+        why = "A new revision needs a free slot until the old one's last request is done. " if name in domains.names else ""
         raise NoSlot(
             f"All {self.options.slots} slots for decoders are taken: {', '.join(loaded + leaving)}. {why}"
             "DELETE a domain first, or start the server with a larger --max-decoders."
@@ -222,16 +198,6 @@ class DomainUpdates:
         if told := next((a for a in answers if isinstance(a, str)), None):
             raise BadPackage(f"The decoder can't be loaded: {sendable(told)}.")
         return answers
-
-    def _publish(self, domains: Domains) -> None:
-        """Tell the metrics and, last of all, the routes what there is now."""
-        before, now = ({(d.name, d.revision) for d in told} for told in (self.domains, domains))
-        for labels in now - before:
-            metrics.DOMAIN.labels(*labels).set(1)
-        self.domains = domains
-        self.publish(domains)
-        for labels in before - now:
-            metrics.DOMAIN.remove(*labels)
 
     def _drain(self, slot: int, domain: Domain) -> None:
         self.draining[slot] = domain

@@ -19,18 +19,18 @@ from memdec.server.api.app import assemble, inform
 from memdec.server.api.settings import Settings, Web
 from memdec.server.engine import openai_layer as vllm_api
 from memdec.server.engine.domain_updates import DomainUpdates
+from memdec.server.engine.loaded_domains import LoadedDomains
 from memdec.server.engine.shadows import Shadows, baselines_of
 from memdec.server.retrieval.rag import PassageFinder
 
 
 def equip(engine: Any, settings: Settings) -> DomainUpdates | None:
-    """Give a MemoryEngine its passages, its replays and its metrics' labels; returns what changes its domains, if they may change."""
+    """Give a MemoryEngine its domains, RAG passages, baseline replays and metric labels; returns what changes the domains, if they may change."""
     models = settings.models
     engine.liveness.limit = settings.limits.step_timeout
     engine.takes_priorities = not settings.baseline_sample_rate  # then the policy is there for replays alone
     metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
-    for domain in models.domains:
-        metrics.DOMAIN.labels(domain.name, domain.revision).set(1)
+    engine.loaded = LoadedDomains(models.domains)
     stores = {d.name: d.datastore for d in models.domains if d.datastore is not None}
     tokenizer = load_tokenizer(models.base) if stores else None
     engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}
@@ -65,5 +65,5 @@ async def app_around(engine: Any, args: Namespace, settings: Settings, say_ready
     updates = equip(engine, settings)
     app = app_of(args, settings, say_ready)
     await vllm_api.init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-    inform(app.state, settings, updates)
+    inform(app.state, settings, engine.loaded, updates)
     return app

@@ -42,7 +42,8 @@ class MemoryRoutes:
         """
         engine_client.__class__ = MemoryEngine
         engine_client.equip()
-        inform(state, self.settings, equip(engine_client, self.settings))
+        updates = equip(engine_client, self.settings)
+        inform(state, self.settings, engine_client.loaded, updates)
         ours = app_of(args, self.settings, say_ready=lambda: None)
         ours.state = self.vllms.state
         self.vllms.middleware_stack = ours

@@ -22,6 +22,7 @@ from memdec.server import metrics
 from memdec.server.checked_models import Models, check_models
 from memdec.server.engine import domain_updates
 from memdec.server.engine.domain_updates import DomainUpdates
+from memdec.server.engine.loaded_domains import LoadedDomains, Snapshot
 from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, MemdecError, OutsideRoots, ShuttingDown
 from memdec.server.routing.domains import Domains
@@ -30,8 +31,8 @@ from memdec.server.routing.domains import Domains
 class Engine(SimpleNamespace):
     """What domain updates ask of the engine's client: one worker, which says what it is told to."""
 
-    def __init__(self) -> None:
-        super().__init__(slots={"a": 1}, revisions={}, draining=False, errored=False, calls=[], answers={}, staged=None, held=set())
+    def __init__(self, domains: Domains) -> None:
+        super().__init__(loaded=LoadedDomains(domains), draining=False, errored=False, calls=[], answers={}, staged=None, held=set())
         self.output_processor = SimpleNamespace(timings=SimpleNamespace(know=lambda _: self.step("know")))
 
     def step(self, name: str) -> Any:
@@ -64,25 +65,25 @@ class Updating:
     """A server's updates without a server."""
 
     def __init__(self, models: Models, root: Path, seconds: float) -> None:
-        self.engine = Engine()
-        self.engine.revisions["a"] = models.domains.all[0].revision
+        metrics.DOMAIN.clear()
+        self.engine = Engine(models.domains)
         self.updates = DomainUpdates(self.engine, models, UpdateOptions(3, (root.resolve(),), seconds=seconds))
         self.published: list[Domains] = [models.domains]
         self.failures: list[Exception] = []
-        self.updates.publish = self._publish
-        metrics.DOMAIN.clear()
-        metrics.DOMAIN.labels("a", models.domains.all[0].revision).set(1)
+        self.engine.loaded.subscribers.append(self._publish)
 
-    def _publish(self, domains: Domains) -> None:
+    def _publish(self, _: Snapshot, snapshot: Snapshot) -> None:
         if self.failures:
             raise self.failures.pop()
-        self.published.append(domains)
+        self.published.append(snapshot.domains)
 
     def state(self) -> Any:
         """Everything that anybody can see of the domains."""
         labels = sorted(tuple(s.labels.items()) for s in next(iter(metrics.DOMAIN.collect())).samples)
-        e, u = self.engine, self.updates
-        return dict(e.slots), dict(e.revisions), u.domains, self.published[-1], u.slots_json(), labels, e.held, u.draining
+        e, u, current = self.engine, self.updates, self.engine.loaded.current
+        return (
+            dict(current.slots), dict(current.revisions), current.domains, self.published[-1], u.slots_json(), labels, set(e.held), dict(u.draining),
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ STEPS: dict[str, Callable[[Updating, pytest.MonkeyPatch], None]] = {
     **{f"{step} says no": (lambda u, _, s=step: u.engine.answers.update({s: "no"})) for step in ("stage_decoder", "load_staged", "install_staged")},  # type: ignore[misc]
     "publishing": lambda u, _: u.failures.append(ODD),
     "the metrics": lambda _, patch: patch.setattr(metrics.DOMAIN, "labels", raising(ODD)),
-    "all slots taken": lambda u, _: u.updates.draining.update({2: u.updates.domains.all[0], 3: u.updates.domains.all[0]}),
+    "all slots taken": lambda u, _: u.updates.draining.update(dict.fromkeys((2, 3), u.engine.loaded.current.domains.all[0])),
 }  # fmt: skip
 
 
@@ -132,7 +133,8 @@ def test_each_step_fails_in_turn(updating: Updating, step: str, name: str) -> No
     updating.engine.answers.clear()
     updating.updates.draining.clear()
     asyncio.run(load_and_wait(updating, name))
-    assert updating.engine.slots[name] == 2 and updating.engine.revisions[name] == updating.published[-1].find(name).revision
+    current = updating.engine.loaded.current
+    assert current.slots[name] == 2 and current.revisions[name] == updating.published[-1].find(name).revision
 
 
 async def load_and_wait(updating: Updating, name: str) -> None:

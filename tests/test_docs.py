@@ -1,4 +1,4 @@
-"""docs/train.md, carried out on a tiny corpus with the embedded base: its commands, its tables."""
+"""The pages: their prose and what they name; and docs/train.md, carried out on a tiny corpus with the embedded base."""
 
 import re
 import shlex
@@ -13,9 +13,17 @@ from conftest import ROOT, start_server, stop_server
 from memdec.cli import _parser, main
 from memdec.decoders.build import BuildOptions
 from memdec.decoders.reading.names import STAGES
+from memdec.server.api.access import NEEDS
 
 GUIDE = (ROOT / "docs" / "train.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "docs" / "evaluation" / "README.md",
+    ROOT / "decoders" / "zoo" / "README.md",
+]  # written by hand, unlike the tables and reports that programs write
+WIDTH = 120  # columns
 # What the defaults would take half an hour for.
 TINY = ["--teacher-tokens", "4096", "--entries", "2000", "--neighbours", "8", "--student-tokens", "8192", "--knn-tokens", "4096"]
 
@@ -69,3 +77,34 @@ def test_the_guides_tables_are_the_programs() -> None:
         if not line.startswith("memdec serve"):
             words = shlex.split(line)[1:]
             _parser(words[0]).parse_args(words)
+
+
+def prose(text: str) -> list[str]:
+    """The lines of a page that are neither code nor a table."""
+    return [line for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines() if not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_prose_are_short(page: Path) -> None:
+    """So that they can be read beside code, and a diff shows what changed."""
+    assert [line for line in prose(page.read_text()) if len(line) > WIDTH] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_exists(page: Path) -> None:
+    """Python files, by their path from the top or from the folder that the page is about, or by their name; folders; links to files."""
+    text = page.read_text()
+    sources = [p.relative_to(ROOT).as_posix() for top in ("server", "decoders", "loadtest", "tests") for p in (ROOT / top).rglob("*.py")]
+    for name in re.findall(r"(?<![\w./-])[\w/-]+\.py\b", text):
+        assert any(f"/{source}".endswith(f"/{name}") for source in sources), name
+    for path in re.findall(r"(?<![\w./-])(?:server|decoders|tests|loadtest|deploy|requirements)/[\w./-]*", text):
+        assert (ROOT / path.rstrip(".")).exists(), path
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_api_page_lists_every_endpoint() -> None:
+    """Those that the table of access serves, and no other; a parameter is called what the route calls it."""
+    section = (ROOT / "docs" / "api.md").read_text().split("## Endpoints")[1].split("\n## ")[0]
+    listed = re.findall(r"`((?:GET|POST|DELETE) /\S*)`", "\n".join(line.split(" | ")[0] for line in section.splitlines()))
+    assert sorted(listed) == sorted(entry.replace(":path", "") for entry in NEEDS)

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")  # read by vLLM; touches /v1/responses alone
 
+from running import wait_until_ready
 from toys import make_toys
 
 from memdec.decoders.corpus import Corpus
@@ -55,12 +55,7 @@ def start_server(log: Path, *arguments: str, wait: float = 240, stderr: Path | N
     with log.open("wb") as stream, (stderr or Path(os.devnull)).open("wb") as errors:
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=errors if stderr else subprocess.STDOUT)
     server = Server(f"http://127.0.0.1:{port}", process, log)
-    deadline = time.monotonic() + wait
-    while "memdec is ready" not in server.text():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise RuntimeError(f"the server did not start:\n{server.text()[-4000:]}")
-        time.sleep(0.5)
+    wait_until_ready(process, log, wait)
     return server
 
 

@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import torch
 from asking import memory, refused
 from conftest import ROOT, free_port, metric
 from reference import greedy, hugging_face
+from running import wait_until_ready
 
 PROMPT = [300, 301, 302, 303]
 TOKENS = 8
@@ -78,13 +78,8 @@ def stock(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stoc
     command = [sys.executable, str(ROOT / "tests" / "vllm_serve.py"), *words[start + 1 :], "--api-server-count", "2", "--port", str(port)]
     with log.open("wb") as stream:
         process = subprocess.Popen([*command, "--host", "127.0.0.1"], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
-    while log.read_text(errors="replace").count("Application startup complete") < 2:
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise RuntimeError(log.read_text(errors="replace")[-6000:])
-        time.sleep(0.5)
-    yield Stock(url, root / "prometheus", log)
+    wait_until_ready(process, log, 300, "Application startup complete", times=2)
+    yield Stock(f"http://127.0.0.1:{port}", root / "prometheus", log)
     process.terminate()
     try:
         process.wait(60)

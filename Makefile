@@ -6,6 +6,7 @@ VENV ?= .venv
 LOADTEST ?=
 GROWTH ?=
 BENCH ?=
+WORKERS ?= 2
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ZOO := decoders/zoo
@@ -16,7 +17,7 @@ EMBEDDED = $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) --data
   --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456
 QUIET := env VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
 
-.PHONY: serve loadtest bench bench-gpu growth test check format install install-dev clean
+.PHONY: serve loadtest bench bench-gpu growth test test-fast check format install install-dev clean
 
 serve: install $(CACHE)/retrieval/python/retrieval.json  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
 	exec $(QUIET) $(BIN)/memdec serve $(EMBEDDED) --host $(HOST) --port $(PORT)
@@ -37,8 +38,11 @@ bench-gpu:  ## the paper's shapes on a CUDA device, with an environment of your 
 growth: install-dev $(CACHE)/retrieval/python/retrieval.json  ## milliseconds per token as the datastore grows to 10 M entries: 16 GB of memory, 10 GB of disk
 	$(QUIET) $(BIN)/python loadtest/growth.py $(GROWTH)
 
-test: install-dev check  ## every check and test
-	$(BIN)/python -m pytest
+test: install-dev check  ## every check and test, in two processes: most of a test is one core's start-up
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: install-dev  ## the tests that start no engine
+	$(BIN)/python -m pytest -m unit -n $(WORKERS) --dist loadfile
 
 check: install-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -69,6 +69,13 @@ def stop_server(server: Server, wait: float = 60) -> int:
         raise
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test has a tier; most are units."""
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in ("engine", "slow")):
+            item.add_marker("unit")
+
+
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the toy models base, qwen_a, qwen_b, gpt_a, gpt_b."""

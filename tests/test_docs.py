@@ -15,6 +15,8 @@ from memdec.decoders.build import BuildOptions
 from memdec.decoders.reading.names import STAGES
 from memdec.server.api.access import NEEDS
 
+pytestmark = pytest.mark.slow
+
 GUIDE = (ROOT / "docs" / "train.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
 PAGES = [

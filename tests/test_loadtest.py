@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 from conftest import ROOT, Server, metric
+
+pytestmark = pytest.mark.slow
 
 
 def test_users_cover_every_mode_and_agree_with_the_server(server: Server, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BY_NAME = {"httptools", "python-json-logger"}  # needed by what uvicorn and logging are told by name, and imported nowhere
 CHECK = """

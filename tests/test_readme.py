@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, free_port
 from running import wait_until_ready
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()

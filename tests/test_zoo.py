@@ -15,6 +15,8 @@ from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import safetensors_header
 from memdec.server.checked_models import check_models
 
+pytestmark = pytest.mark.slow
+
 ZOO = ROOT / "decoders" / "zoo"
 DOMAINS = ("biomed", "finance", "law", "python")
 

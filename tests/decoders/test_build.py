@@ -26,6 +26,8 @@ from memdec.decoders.reading.errors import ManifestError
 from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]
 
 

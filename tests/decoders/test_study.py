@@ -23,6 +23,8 @@ from memdec.decoders.study.report import interval, long_tail
 from memdec.decoders.study.scores import METHODS
 from memdec.decoders.tokens import load_tokens
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 general = "corpus"
 work = "study"

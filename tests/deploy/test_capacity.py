@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT, Server
 from transformers import GPT2Config, Qwen2Config
 
+pytestmark = pytest.mark.engine
+
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
 
 

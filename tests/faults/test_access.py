@@ -12,6 +12,8 @@ from memdec.server.api import absent
 from memdec.server.api.access import keep_known
 from memdec.server.api.keys import Key
 
+pytestmark = pytest.mark.engine
+
 ALL, SOME, NONE = "sk-all", "sk-some", "sk-none"
 KEYS = (Key.of(ALL, "all"), Key.of(SOME, "some", frozenset({"a"})), Key.of(NONE, "none", frozenset()))
 SENT = {"nobody": None, "wrong": "sk-wrong", "none": NONE, "some": SOME, "all": ALL, "admin": ADMIN}

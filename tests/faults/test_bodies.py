@@ -16,6 +16,8 @@ from asking import BASE, CHAT, COMPLETIONS, PROMPT, ask, refused, text
 from conftest import ROOT, Server
 from hypothesis import HealthCheck, given, settings
 
+pytestmark = pytest.mark.engine
+
 JSON = {"Content-Type": "application/json"}
 MESSAGES = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 HUGE = "9" * 400

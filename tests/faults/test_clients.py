@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from asking import CHAT, COMPLETIONS, PROMPT, ask, text
 from conftest import Server, metric
+
+pytestmark = pytest.mark.engine
 
 LONG = {"model": "base", "prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "temperature": 1}
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset, as a client that dies does

@@ -5,7 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 from asking import COMPLETIONS, PROMPT
+
+pytestmark = pytest.mark.engine
 
 PROMPTS = (PROMPT, "import os\n", "class Reader:\n    def __init__(self, path):\n", "x " * 90)
 CHOICES: tuple[dict[str, Any], ...] = (

@@ -23,6 +23,8 @@ from memdec.server.engine.grammars import Grammars, asking
 from memdec.server.engine.sandbox import SECONDS, Sandbox
 from memdec.server.errors import RequestError
 
+pytestmark = pytest.mark.slow
+
 TEXT = {"type": "string"}
 
 

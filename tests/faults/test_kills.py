@@ -20,6 +20,8 @@ from conftest import ROOT, Server, free_port, start_server
 from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.package import Package
 
+pytestmark = pytest.mark.slow
+
 BODY = {"prompt": "def f(", "max_tokens": 450, "ignore_eos": True, "domain": "a", "stream": True}
 
 

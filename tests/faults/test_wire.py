@@ -26,6 +26,8 @@ from memdec.server.api.access import Access
 from memdec.server.api.keys import Key
 from memdec.server.api.middleware import BodyLimit
 
+pytestmark = pytest.mark.engine
+
 LIMIT = 100_000
 LARGE = b"x" * (8 << 20)  # more than the kernel's buffers take
 HEADERS = {"Authorization": "Bearer key", "Content-Type": "application/json"}

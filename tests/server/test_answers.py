@@ -10,6 +10,8 @@ import pytest
 from asking import ask, chat, refused, text
 from openai import OpenAI
 
+pytestmark = pytest.mark.engine
+
 DOMAINS = pytest.mark.parametrize("domain", [{}, {"domain": "a"}])
 CONTEXT = [5 + 7 * i % 900 for i in range(512)]
 USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}

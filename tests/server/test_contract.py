@@ -1,7 +1,6 @@
 """The HTTP contract: choosing domain, lambda and mode, and what the server says of itself."""
 
 import json
-import shutil
 import subprocess
 import time
 from typing import Any
@@ -11,6 +10,8 @@ import pytest
 from asking import BASE, COMPLETIONS, PROMPT, ask, chat, memory, refused, text
 from conftest import metric
 from openai import BadRequestError, NotFoundError, OpenAI
+
+pytestmark = pytest.mark.engine
 
 USED = {"mode": "decoder", "domain": "a", "lambda": "0.6"}
 
@@ -92,8 +93,6 @@ def test_sdk_exceptions(sdk: OpenAI) -> None:
 
 def curl(http: httpx.Client, path: str, *arguments: str) -> str:
     """What curl prints, with the status as its last line."""
-    if shutil.which("curl") is None:
-        pytest.skip("needs curl")
     command = ["curl", "-sS", "--max-time", "120", "-w", "\n%{http_code}", *arguments, str(http.base_url.join(path))]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

@@ -32,6 +32,8 @@ from memdec.server.errors import StartupError
 from memdec.server.launch.options import ADMIN_KEY, OURS, check, parse
 from memdec.server.naming import packages_in
 
+pytestmark = pytest.mark.slow
+
 ADMIN, USER = {"Authorization": "Bearer the admin's"}, {"Authorization": "Bearer a user's"}
 VERSIONS = [f"v{i}" for i in range(1, 7)]
 SLOTS = 4

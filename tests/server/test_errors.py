@@ -1,7 +1,6 @@
 """Whatever a client sends, the answer is an error in OpenAI's form, never a 5xx, and the server goes on."""
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +8,9 @@ from typing import Any
 import httpx
 import pytest
 from asking import BASE, CHAT, COMPLETIONS, ask, chat, refused, text
+from tools import needs
+
+pytestmark = pytest.mark.engine
 
 JSON = {"Content-Type": "application/json"}
 BODY_LIMIT = 100_000
@@ -167,7 +169,7 @@ def test_body_limit(http: httpx.Client, path: str) -> None:
     assert below.status_code == (200 if path == "/tokenize" else 400)  # the prompt is over the context, which is no matter there
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@needs("curl", "Debian: apt install curl")
 def test_body_limit_with_curl(http: httpx.Client) -> None:
     """Curl asks first (100-continue) or sends chunks; both get the 413."""
     for extra in ("Expect: 100-continue", "Transfer-Encoding: chunked"):

@@ -15,6 +15,8 @@ from memdec.decoders.perplexity import WINDOW, label_logprobs, mix, perplexity, 
 from memdec.decoders.study.scores import Heldout
 from memdec.decoders.study.served import ServerError, served_logprobs
 
+pytestmark = pytest.mark.engine
+
 
 def through_the_server(http: httpx.Client, ids: list[int], model: str) -> list[float]:
     """Log-probabilities of the second half of every window, one request a window."""

@@ -15,6 +15,8 @@ from memdec.server.errors import RequestError
 from memdec.server.launch.options import parse
 from memdec.server.routing.spelling import NAMES, meant, require_spelt_fields, require_spelt_headers
 
+pytestmark = pytest.mark.engine
+
 JSON = {"Content-Type": "application/json"}
 
 

@@ -5,7 +5,10 @@ from itertools import product
 from typing import Any
 
 import httpx
+import pytest
 from asking import ask, text
+
+pytestmark = pytest.mark.engine
 
 
 def test_concurrent_requests(http: httpx.Client) -> None:

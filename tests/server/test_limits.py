@@ -20,6 +20,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from memdec.server.api.completions import _choices
 from memdec.server.api.limits import Limits
 
+pytestmark = pytest.mark.engine
+
 OPERATOR, LAB, STRANGER = "sk-operator-7d1f", "sk-lab-93ab", "sk-stranger-55aa"
 QUEUE = 8
 SECRET_PROMPT = "the patient's name is"

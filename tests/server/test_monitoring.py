@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,12 +12,15 @@ import httpx
 import pytest
 from asking import BASE, ask, text
 from conftest import ROOT, Server, free_port, metric, start_server, stop_server
+from tools import needs
 
 from memdec.server.engine.shadows import baselines_of
 
+pytestmark = pytest.mark.engine
+
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "memdec.json"
-with_prometheus = pytest.mark.skipif(not shutil.which("promtool"), reason="needs Prometheus (Debian: apt install prometheus)")
+with_prometheus = needs("promtool", "Debian: apt install prometheus")
 METRIC = re.compile(r"\b(?:memdec_|vllm:|memdec:)[\w:]+")
 
 

@@ -7,6 +7,8 @@ import torch
 from offline import Row, run
 from reference import CODE, FLOAT32, MIX, rounding_error, worst
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.mark.parametrize("kind", ["qwen", "gpt"])
 def test_prompt_and_generated_logprobs_of_a_mixed_batch(kind: str, toys: Path, tmp_path: Path) -> None:

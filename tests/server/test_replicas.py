@@ -14,6 +14,8 @@ from conftest import Server, metric, start_server, stop_server
 from reference import greedy, hugging_face
 from toys import QWEN_ROWS, qwen
 
+pytestmark = pytest.mark.slow
+
 ADMIN = {"Authorization": "Bearer admin"}
 PROMPT = [300, 301, 302, 303]
 TOKENS = 8

@@ -16,6 +16,8 @@ from memdec.server.api.responses import Stored, _find
 from memdec.server.errors import UnknownResponse
 from memdec.server.routing.selection import Selection
 
+pytestmark = pytest.mark.engine
+
 RESPONSES = "/v1/responses"
 INPUT = {"model": "base", "input": "hello there", "max_output_tokens": 8, "temperature": 0}
 USED = {"domain": "a", "mode": "decoder", "lambda": "0.6"}

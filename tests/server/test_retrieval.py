@@ -19,6 +19,8 @@ from memdec.decoders.reading.retrieval import NAME, RetrievalPackage
 from memdec.server.checked_models import Models, check_models, with_datastores
 from memdec.server.errors import StartupError
 
+pytestmark = pytest.mark.engine
+
 CODE = "def scale(self, x):\n    return x + 1\n"
 
 

@@ -18,6 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memdec.server.api.keys import Key
 
+pytestmark = pytest.mark.engine
+
 PAGES = ("/docs", "/redoc", "/openapi.json", "/docs/assets/redoc.standalone.js")
 
 

@@ -8,6 +8,8 @@ import pytest
 from asking import PROMPT, ask, refused, text
 from openai import OpenAI
 
+pytestmark = pytest.mark.engine
+
 RANDOM: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12}
 
 

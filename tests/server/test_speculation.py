@@ -17,6 +17,8 @@ from offline import Row, run
 from reference import CODE, FLOAT32, MIX, hugging_face, worst
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.engine
+
 SPECULATION: dict[str, Any] = {
     "speculative_config": {"method": "custom_class", "model": "memdec.server.worker.drafter.FixedDrafter", "num_speculative_tokens": 3},
     "scheduler_cls": "memdec.server.worker.drafter.DraftingScheduler",

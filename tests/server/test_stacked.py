@@ -12,11 +12,15 @@ import pytest
 import torch
 from offline import Row, composite, run
 from reference import FLOAT32, MIX, worst
+from tools import needs
 from vllm.compilation import cuda_graph
 
 from memdec.server.model.composite import MemoryDecoderForCausalLM
 from memdec.server.model.stacked import FEW, NONE, Blocks
 from memdec.server.worker import v1
+
+pytestmark = pytest.mark.engine
+TRITON = Path(sys.prefix) / "triton"
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -54,13 +58,11 @@ for tokens in (1, 4, 5, 40):
 """
 
 
+@needs("triton", "make install-dev puts it there", found=str(TRITON) if TRITON.exists() else None)
 def test_the_kernel_multiplies_as_the_reference_does() -> None:
     """vLLM's kernel, in Triton's interpreter (which can't multiply bfloat16); rows without a decoder are zeros."""
-    triton = Path(sys.prefix) / "triton"
-    if not triton.exists():
-        pytest.skip("no Triton in the environment; make install-dev puts it there")
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join(map(str, (root / "tests" / "v2_on_cpu", triton, root)))
+    paths = os.pathsep.join(map(str, (root / "tests" / "v2_on_cpu", TRITON, root)))
     done = subprocess.run([sys.executable, "-c", KERNEL], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -14,6 +14,8 @@ from memdec.server.checked_models import check_models
 from memdec.server.errors import StartupError
 from memdec.server.naming import parse_named
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture
 def decoder(toys: Path, tmp_path: Path) -> Path:

@@ -9,6 +9,8 @@ import pytest
 from asking import BASE, CHAT, COMPLETIONS, ask, chat, memory, refused
 from openai import OpenAI
 
+pytestmark = pytest.mark.engine
+
 WITH_USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 

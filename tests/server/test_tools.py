@@ -22,6 +22,8 @@ from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError
 from memdec.server.launch.tools import FORCED, MARKS, choose_parser, parser_for
 
+pytestmark = pytest.mark.engine
+
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},

@@ -8,9 +8,10 @@ import pytest
 from conftest import ROOT
 from offline import Row, run
 from reference import CODE, FLOAT32, MIX, worst
+from tools import needs
 
 TRITON = Path(sys.prefix) / "triton"
-pytestmark = pytest.mark.skipif(not TRITON.exists(), reason="no Triton in the environment; make install-dev puts it there")
+pytestmark = [pytest.mark.slow, needs("triton", "make install-dev puts it there", found=str(TRITON) if TRITON.exists() else None)]
 V2 = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT / "tests" / "v2_on_cpu", TRITON, ROOT)),

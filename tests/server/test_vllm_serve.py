@@ -20,6 +20,8 @@ from conftest import ROOT, free_port, metric
 from reference import greedy, hugging_face
 from running import wait_until_ready
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [300, 301, 302, 303]
 TOKENS = 8
 OPS, LAB = ({"Authorization": f"Bearer {key}"} for key in ("sk-ops", "sk-lab"))

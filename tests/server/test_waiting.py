@@ -8,6 +8,8 @@ from conftest import Server
 
 from memdec.server.launch.environment import SPINS, wait_briefly
 
+pytestmark = pytest.mark.engine
+
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 

@@ -151,7 +151,7 @@ def everything(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     (tmp_path / "keys").touch(0o600)
     (tmp_path / "keys").write_text("sk-lab name=lab domains=a\n")
     monkeypatch.chdir(tmp_path)
-    limits = "--max-body-bytes 1000 --max-prompt-tokens 5 --max-output-tokens 6 --max-choices 7 --max-concurrent-per-key 2 --max-tokens-per-key 800 --strict-fields --domain-load-timeout 9"
+    limits = "--max-body-bytes 1000 --max-prompt-tokens 5 --max-output-tokens 6 --max-choices 7 --max-concurrent-per-key 2 --max-tokens-per-key 800 --step-timeout 61 --strict-fields --domain-load-timeout 9"
     words = f"--api-key-file keys --log-json --log-prompts --baseline-sample-rate 0.25 --enable-domain-updates {limits}".split()
     return [*words, "--domain-root", str(toys), "--max-decoders", "3", "--api-key", "sk-one", "--speculate", "3"]
 

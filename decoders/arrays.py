@@ -11,9 +11,10 @@ from memdec.decoders.reading.errors import ManifestError
 
 
 def fill_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> Any:
-    """A .npy file of that type and shape as a writable memory map; one that is already there keeps what it holds.
+    """Open a .npy file of `dtype` and `shape` as a writable memory map; create it if it is missing, keep its contents if it exists.
 
-    Its blocks are reserved first: on a full disk that is an OSError, where writing to the map would kill the process.
+    Disk blocks are allocated at creation: a full disk then raises OSError here, instead of SIGBUS at a later write to the map.
+    Raises ManifestError if an existing file has another dtype or shape.
     """
     if path.is_file():
         array = np.load(path, mmap_mode="r+")
@@ -32,10 +33,10 @@ def fill_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> Any:
 class GrowingArray:
     """A flat .npy file that is appended to and whose length is known only at the end."""
 
-    HEADER = 128  # bytes that numpy's header takes, spare digits for the length included
+    HEADER = 128  # bytes reserved for numpy's header, with room for the final length
 
     def __init__(self, path: Path, dtype: DTypeLike, length: int = 0) -> None:
-        """Go on after `length` elements; what lies beyond them is cut off."""
+        """Open `path` to append after its first `length` elements; the file is truncated there."""
         self.dtype, self.length = np.dtype(dtype), length
         path.touch()
         self.stream: IO[bytes] = path.open("r+b")
@@ -49,7 +50,7 @@ class GrowingArray:
         self.length += len(part)
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Write buffered elements to the file."""
         self.stream.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""`memdec build`: the stages, one after the other, each kept while what it was made from stays the same."""
+"""`memdec build`: run the stages in order; a stage whose inputs have not changed is kept."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from memdec.decoders.teacher import write_student, write_tuned
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule
 
-LEAST_ENTRIES = 2_000  # what the training windows need
+LEAST_ENTRIES = 2_000  # more than the longest training window, 1,025 tokens with its last label
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ class BuildOptions:
             raise OptionError(f"--targets {self.targets}: wanted {' or '.join(KINDS)}")
 
     def teacher_schedule(self) -> Schedule:
-        """Small batches: these trainings are short, and a step taken early is worth more than its gradient's precision."""
+        """Schedule of the teacher: small batches, because in a short training more steps help more than less noisy gradients."""
         return Schedule(self.teacher_tokens, batch=4, seed=self.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
 
     def student_schedule(self) -> Schedule:
-        """Most of the rate is kept for the second phase to lower."""
+        """Schedule of the student: a short cooldown, because the second phase cools down again, for longer."""
         return Schedule(self.student_tokens, batch=4, seed=self.seed, cooldown=0.2)
 
     def knn_schedule(self) -> Schedule:
-        """The second phase of the decoder, and of the control trained on the labels alone."""
+        """Schedule of the second phase: of the decoder, and of the control that is trained on the labels alone."""
         return Schedule(self.knn_tokens, batch=8, seed=self.seed + 1, cooldown=0.9)
 
 
 @dataclass(frozen=True)
 class Build:
-    """One domain's decoder: what it is made from, and where its artifacts are."""
+    """The build of one domain's decoder: its inputs, its options and its folders."""
 
     domain: str
     corpus: Corpus
@@ -82,12 +82,12 @@ class Build:
     out: Path
     """Where the package goes."""
     work: Path
-    """Where everything else stays."""
+    """Folder of the intermediate artifacts."""
     options: BuildOptions = BuildOptions()
     teacher: Path | None = None
-    """The model that is tuned to embed the datastore; the base if not given."""
+    """Model from which the teacher is tuned; the base if None."""
     beside: tuple[Path, ...] = ()
-    """Further bases that lambda is tuned beside."""
+    """Further bases for which lambda is tuned and perplexity measured."""
     shape: Shape = DECODER
 
     def check(self) -> None:
@@ -99,11 +99,11 @@ class Build:
             raise OptionError(f"--work {self.work}: is not a folder")
         tokenizer = None
         models = {"--base": [self.base], "--teacher": [self.teacher] if self.teacher else [], "--beside": [*self.beside]}
-        kept = [(flag, p) for flag, found in models.items() for p in found] + [("--work", self.work), ("--corpus", self.corpus.root)]
-        for flag, path in kept:  # what a finished package replaces
+        kept = [(flag, p) for flag, folders in models.items() for p in folders] + [("--work", self.work), ("--corpus", self.corpus.root)]
+        for flag, path in kept:  # writing the package replaces all of --out
             if self.out.resolve() in (path.resolve(), *path.resolve().parents):
                 raise OptionError(f"--out {self.out}: {flag} is in it and would be replaced; give a new folder")
-        for flag, model in ((flag, model) for flag, found in models.items() for model in found):
+        for flag, model in ((flag, model) for flag, folders in models.items() for model in folders):
             if not model.is_dir():
                 raise OptionError(f"{flag} {model}: no such folder")
             check_weights(model)
@@ -112,7 +112,7 @@ class Build:
             require_same_token_map(tokenizer, theirs, f"{flag} {model}")
 
     def run(self, until: str = "package") -> Path:
-        """Make every artifact up to `until` that isn't fresh; returns the last one's folder."""
+        """Make every artifact up to stage `until`, reusing fresh ones; returns the folder of the last."""
         self.check()
         path = self.work
         with alone(self.work):
@@ -171,7 +171,7 @@ class Build:
         yield "package", self._package(decoder, tokens, text, inputs)
 
     def control(self, tokens: Path) -> Path:
-        """The sceptic's control, beside the decoder: see write_control."""
+        """Train the control beside the decoder; see `write_control`. Returns its folder."""
         schedule = self.options.knn_schedule()
         inputs = {"student": fingerprint(read_manifest(self.work / "student")["inputs"]), "schedule": schedule.to_dict()}
         return write_control(self.work / "control", tokens, self.work / "student", schedule, inputs)
@@ -200,5 +200,5 @@ class Build:
 
 
 def versions() -> dict[str, Any]:
-    """What the artifacts depend on."""
+    """Versions of the libraries that change an artifact's bytes."""
     return {name: version(name) for name in ("torch", "transformers", "faiss-cpu")}

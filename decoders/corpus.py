@@ -1,4 +1,4 @@
-"""Documents and their splits, streamed from any of the usual kinds of file.
+"""Read a corpus: stream its documents, split into train, valid and test.
 
 A corpus is a folder (or the word ``stdlib``: the running interpreter's own standard library). Its files may be ``.txt``, ``.md``
 and ``.py`` (one document each), ``.jsonl`` (plain, ``.gz`` or ``.zst``), ``.parquet`` and ``.arrow`` (a folder that `datasets`
@@ -69,14 +69,14 @@ class Corpus:
         """The files that hold documents, in a fixed order."""
         skipped = STDLIB_SKIPPED if self.name == STDLIB else set()
         kinds = (".py",) if self.name == STDLIB else (*TEXT, *LINES, *TABLES)
-        found = [p for p in sorted(self.root.rglob("*")) if p.name.lower().endswith(kinds) and p.is_file()]
-        return [p for p in found if not skipped.intersection(p.relative_to(self.root).parts)]
+        paths = [p for p in sorted(self.root.rglob("*")) if p.name.lower().endswith(kinds) and p.is_file()]
+        return [p for p in paths if not skipped.intersection(p.relative_to(self.root).parts)]
 
     def ready_made(self) -> dict[Path, str]:
-        """File -> split for files that say theirs in their own or their folder's name; {} unless there is a train split."""
+        """Map each file to the split that its name or its folder's name gives; {} if no file is of the train split."""
         owners = {}
         for path in self.files():
-            # A script called train.py is no split; a folder called train is one, whatever is in it.
+            # Names of .py and .md files don't count (train.py is a script), but their folders' names do.
             own = (path.name.split(".")[0].split("-")[0],) if path.suffix not in (".py", ".md") else ()
             split = next((ALIASES[n] for n in (*own, *path.relative_to(self.root).parts[:-1]) if n in ALIASES), None)
             if split:
@@ -89,7 +89,7 @@ class Corpus:
         return owners
 
     def _all(self, split: str | None) -> Iterator[tuple[str | None, str]]:
-        """(ready-made split or None, text) of every document; files of other ready-made splits are left closed."""
+        """Yield (ready-made split or None, text) of every document; with `split`, files of other ready-made splits aren't opened."""
         owners = self.ready_made()
         for path in list(owners) or self.files():
             owner = owners.get(path)
@@ -109,7 +109,7 @@ def split_of(text: str) -> str:
 
 
 def read_documents(path: Path, blank_lines: bool = False) -> Iterator[str]:
-    """The documents of one file. `blank_lines`: a text file holds several, a blank line between them.
+    """Yield the documents of one file. `blank_lines`: a text file holds several documents, separated by blank lines.
 
     Raises CorpusError naming the file and the byte, line or row that can't be read.
     """
@@ -129,7 +129,7 @@ def read_documents(path: Path, blank_lines: bool = False) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Decoded lines, ends kept. Raises CorpusError naming the first byte that isn't UTF-8."""
+    """Yield decoded lines with their line ends. Raises CorpusError naming the first byte that isn't UTF-8."""
     before = 0
     with _bytes(path) as stream:
         for line in stream:
@@ -143,7 +143,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed."""
+    """Open a file for reading its decompressed bytes."""
     if path.suffix.lower() == ".gz":
         with gzip.open(path, "rb") as stream:
             yield stream  # type: ignore[misc]
@@ -163,7 +163,7 @@ def _bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """Documents separated by blank lines."""
+    """Yield the documents of a text file, which are separated by blank lines."""
     lines: list[str] = []
     for line in _lines(path):
         if line.strip("\r\n"):
@@ -176,7 +176,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def _objects(path: Path) -> Iterator[str]:
-    """The text field of every line of JSON."""
+    """Yield the text field of every line of a JSON Lines file."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
@@ -186,16 +186,16 @@ def _objects(path: Path) -> Iterator[str]:
             raise CorpusError(f"{path}: line {number} is not JSON ({error})") from None
         text = row.get(FIELD) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            found = type(row).__name__ if not isinstance(row, dict) else f"the keys {', '.join(sorted(row))[:80]}"
-            found = f"{FIELD}: {type(text).__name__}" if isinstance(row, dict) and FIELD in row else found
-            raise CorpusError(f"{path}: line {number} has no string {FIELD!r} (found {found})")
+            content = type(row).__name__ if not isinstance(row, dict) else f"the keys {', '.join(sorted(row))[:80]}"
+            content = f"{FIELD}: {type(text).__name__}" if isinstance(row, dict) and FIELD in row else content
+            raise CorpusError(f"{path}: line {number} has no string {FIELD!r} (found {content})")
         if not is_unicode(text):
             raise CorpusError(f"{path}: line {number} holds half a surrogate pair, which no UTF-8 text can; mend it first")
         yield text
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can spell lone surrogates, which can't."""
+    """Whether a text can be encoded as UTF-8; lone surrogates, which JSON allows, can't."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -204,7 +204,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _rows(path: Path) -> Iterator[str]:
-    """The text column of a parquet file, or of an arrow file as `datasets` saves it."""
+    """Yield the text column of a parquet file, or of an arrow file as `datasets` saves it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -2,11 +2,12 @@
 
 Key i is the teacher's final normed hidden state at position i, value i the token at position i + 1 (arXiv 2508.09874, eq. 1),
 where positions are those of `tokens.npy`: the training text, or, when that is longer than the datastore may be, pieces spread evenly
-over it. (The first part alone would be some documents whole and nothing of the others.) The teacher is a base tuned on the domain first: targets from a teacher worse than its student hurt.
+over it, so that every part of the corpus is represented. The teacher is a base tuned on the domain first: a student learns nothing
+from the targets of a teacher that is worse than itself.
 
-Index by size: below SMALL entries none but the keys themselves, searched exhaustively; above, `IVF<cells>,PQ<width/8>x4fs` with
-about sqrt(entries) cells, whose candidates are ranked again by their exact distances to the float16 keys: product-quantised distances
-alone are known to spoil kNN-LM. An open datastore has the keys in memory: 2 * width bytes an entry, plus width / 16 + 8 for the index.
+Index by size: below SMALL entries the keys are searched exhaustively; above, `IVF<cells>,PQ<width/8>x4fs` with
+about sqrt(entries) cells, whose candidates are re-ranked by their exact distances to the float16 keys: product-quantised distances
+alone are known to hurt kNN-LM. An open datastore has the keys in memory: 2 * width bytes an entry, plus width / 16 + 8 for the index.
 """
 
 import errno
@@ -29,7 +30,7 @@ from memdec.decoders.reading.tokenizer import first_line
 from memdec.decoders.tokens import load_tokens
 from memdec.decoders.train import fast_precision, keep_freed_memory, progress
 
-WINDOW, FRESH = 512, 384  # tokens a window, and how many of its last keys are kept: no key has seen fewer than 128 tokens
+WINDOW, FRESH = 512, 384  # tokens per window, and how many of its last keys are kept: each key has at least 128 tokens of context
 BATCH = 8  # windows embedded at a time
 SMALL = 50_000
 PIECE = 4096  # tokens of a piece
@@ -65,7 +66,7 @@ def write_datastore(out: Path, tokens: Path, teacher: Path, entries: int, manife
 
 
 def spread(ids: Ids, most: int) -> Ids:
-    """At most `most` of `ids` [tokens], in pieces of PIECE tokens (or of what is left) spread evenly over them, in order."""
+    """At most `most` of the tokens `ids` [tokens]: pieces of PIECE tokens (of `most`, if that is less), spread evenly and in order."""
     if len(ids) <= most:
         return ids
     pieces = max(1, most // PIECE)
@@ -75,15 +76,18 @@ def spread(ids: Ids, most: int) -> Ids:
 
 
 def windows(length: int) -> int:
-    """How many windows cover `length` tokens: window w begins at w * FRESH; all but the first give only the keys of their last FRESH."""
+    """Number of windows that cover `length` tokens.
+
+    Window w begins at w * FRESH; all but the first give only the keys of their last FRESH tokens.
+    """
     return max(1, -(-(length - (WINDOW - FRESH)) // FRESH))
 
 
 def embed(model: PreTrainedModel, ids: Ids, what: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
     """Embed windows [begin, end) of `ids` [tokens], BATCH at a time; yields (windows done, position, keys [n, width] float32).
 
-    All windows together cover every position once, in order. A run that begins at a multiple of BATCH computes the very batches,
-    and so the very roundings, that the whole run would.
+    All windows together cover every position once, in order. If `begin` is a multiple of BATCH, the batches are those of an
+    uninterrupted run, so the keys are bit-identical.
     """
     keep_freed_memory()
     overlap = WINDOW - FRESH
@@ -111,7 +115,7 @@ def _hidden(model: PreTrainedModel, ids: Ids, starts: list[int]) -> Tensor:
 
 
 def build_index(keys: Keys) -> faiss.Index:
-    """The approximate part of an index over keys [entries, width]; see the top of this file."""
+    """Train and fill the IVF-PQ index over keys [entries, width] (see the top of this file), without exact re-ranking."""
     count, width = keys.shape
     cells = 1 << int(np.log2(np.sqrt(count)))
     index: faiss.Index = faiss.index_factory(width, f"IVF{cells},PQ{width // 8}x4fs")
@@ -123,7 +127,7 @@ def build_index(keys: Keys) -> faiss.Index:
 
 
 def write_index(index: faiss.Index, path: Path) -> None:
-    """Write an index. Raises OSError where faiss raises a RuntimeError of its own."""
+    """Write an index. Raises OSError, into which faiss's RuntimeError is translated."""
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:

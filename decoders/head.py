@@ -1,8 +1,8 @@
-"""A model's output head: from final hidden states to logits, without the model's own pass.
+"""A model's output head: logits from final hidden states, without running the model.
 
-Training and the kNN targets need logits of chosen rows only, from hidden states that are there already. Most models compute
-`hidden @ weight.T`; Granite and Cohere scale that, Phi adds a bias. Which it is isn't read off the architecture's name: the
-model is asked for a few logits, and what is found must reproduce them.
+Training and the kNN targets need logits of chosen rows only, from hidden states that they already have. Most models compute
+`hidden @ weight.T`; Granite and Cohere scale that, Phi adds a bias. The form isn't looked up by architecture: it is fitted to
+the logits of a short probe, which it must reproduce.
 """
 
 from dataclasses import dataclass
@@ -63,5 +63,5 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, H]."""
-        found, weight = self.operands(hidden, self.weight.dtype)
-        return found @ weight.T
+        inputs, weight = self.operands(hidden, self.weight.dtype)
+        return inputs @ weight.T

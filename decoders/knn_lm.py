@@ -1,4 +1,4 @@
-"""The kNN-LM itself: from neighbours to next-token probabilities, and tau, k and lambda tuned on held-out text.
+"""The kNN-LM: next-token probabilities from neighbours, and the tuning of tau, k and lambda on held-out text.
 
     p_kNN(y) is proportional to the sum over neighbours i with v_i = y of exp(-d_i / tau)      (arXiv 2508.09874, eq. 2)
 
@@ -15,7 +15,7 @@ from memdec.decoders.reading.array_types import Floats, Ids
 from memdec.decoders.reading.neighbours import weights
 
 TAUS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-LAMBDAS = tuple(round(0.05 * i, 2) for i in range(20))  # 0 too: a retriever that only hurts is left out
+LAMBDAS = tuple(round(0.05 * i, 2) for i in range(20))  # with 0, so that a harmful retriever is switched off
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Tuned:
     """Every (k, tau) with its best lambda and perplexity."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """The fields as a dict, to be stored as JSON."""
         return asdict(self)
 
     def logprobs(self, distances: Floats, hits: NDArray[np.bool_], base: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log-probabilities of the right tokens under this kNN-LM, [n]; arguments as for `tune`."""
+        """Log-probabilities of the label tokens under this kNN-LM, [n]; arguments as in `tune`."""
         return _mixed(label_probability(distances, hits, self.neighbours, self.tau), base, self.lam)
 
 
@@ -46,14 +46,20 @@ def _mixed(knn: NDArray[np.float64], base: NDArray[np.float64], lam: float) -> N
 
 
 def label_probability(distances: Floats, hits: NDArray[np.bool_], neighbours: int, tau: float) -> NDArray[np.float64]:
-    """p_kNN of the right tokens, [n], from the nearest `neighbours` of rows [n, k] sorted by distance; hits: neighbour's value is right."""
+    """p_kNN of the label tokens, [n], from the first `neighbours` of rows [n, k] sorted by distance.
+
+    `hits` [n, k]: whether a neighbour's value is the label.
+    """
     part = weights(distances[:, :neighbours], tau)
     result: NDArray[np.float64] = (part * hits[:, :neighbours]).sum(1).astype(np.float64)
     return result
 
 
 def tune(distances: Floats, hits: NDArray[np.bool_], base: NDArray[np.float64], choices: tuple[int, ...]) -> Tuned:
-    """Choose k among `choices`, tau and lambda for rows [n, k]; base [n] is the language model's probability of the right tokens."""
+    """Find the k of `choices`, tau and lambda with the lowest perplexity.
+
+    `distances` [n, k] are sorted; `hits` [n, k]: whether a neighbour's value is the label; `base` [n]: the language model's probability of it.
+    """
     tried = []
     for neighbours in sorted({min(k, distances.shape[1]) for k in choices}):
         for tau in TAUS:
@@ -66,12 +72,12 @@ def tune(distances: Floats, hits: NDArray[np.bool_], base: NDArray[np.float64], 
 
 
 def token_masses(distances: Floats, tokens: Ids, tau: float) -> tuple[Ids, Floats]:
-    """Eq. 2 without densifying: token ids and probabilities, both [n, k]; unused places hold probability 0."""
+    """p_kNN (eq. 2) as sparse rows: token ids and probabilities, both [n, k]; padding has probability 0."""
     return add_up(tokens, weights(distances, tau))
 
 
 def add_up(tokens: Ids, masses: Floats) -> tuple[Ids, Floats]:
-    """Name every token once in its row [n, k], with the sum of its masses; unused places, at the end, hold token 0 and mass 0."""
+    """Merge repeated tokens in each row [n, k], adding their masses; the row is padded at the end with token 0 and mass 0."""
     order = np.argsort(tokens, 1, kind="stable")
     ordered, mass = np.take_along_axis(tokens, order, 1), np.take_along_axis(masses, order, 1)
     group = np.zeros(ordered.shape, np.int64)

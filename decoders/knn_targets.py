@@ -1,11 +1,11 @@
-"""Stage 5: what the decoder learns to imitate: the retriever's next-token distribution at every datastore position.
+"""Stage 5: the kNN targets: the retriever's next-token distribution at every datastore position, which the decoder learns to imitate.
 
 Two kinds of target: ``knn``, the neighbours' distribution alone, as in the paper (eq. 2); ``knn-lm``, the whole kNN-LM,
-lambda * p_kNN + (1 - lambda) * p_teacher, which also says what the neighbours leave out.
+lambda * p_kNN + (1 - lambda) * p_teacher, which also covers tokens that no neighbour has.
 
-k, tau and lambda are those with which the kNN-LM, mixed into the teacher, is best on the validation split. A query's own entry is dropped by its
-number, wherever it ranks. Rows are sparse: the likeliest tokens and their probabilities, most probable first, never a dense row over the
-vocabulary; what a row lacks of 1 belongs to the tokens it doesn't name.
+k, tau and lambda are those with which the kNN-LM, mixed into the teacher, has the lowest perplexity on the validation split. A query's own
+entry is dropped by its number, wherever it ranks. Rows are sparse: the KEPT most probable tokens and their probabilities, most probable
+first; the rest of the probability belongs to the tokens that the row doesn't list.
 """
 
 import json
@@ -28,13 +28,13 @@ from memdec.decoders.tokens import load_tokens
 from memdec.decoders.train import progress
 
 KINDS = ("knn", "knn-lm")
-KEPT = 64  # tokens a row
-TUNED_ON = 64  # validation windows, of 256 scored tokens each, that choose k, tau and lambda
+KEPT = 64  # tokens per row
+TUNED_ON = 64  # validation windows, of 256 scored tokens each, on which k, tau and lambda are tuned
 BATCH = 8192  # queries at a time
 
 
 def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int, kind: str, manifest: Manifest) -> Path:
-    """Write ids.npy and probs.npy, both [entries, KEPT] (the tokens' type; float16), and what was tuned, in tuned.json.
+    """Write the targets, ids.npy (dtype of the tokens) and probs.npy (float16), both [entries, KEPT], and tuned.json: k, tau and lambda.
 
     `most`: largest k tried. `kind`: one of KINDS.
     """
@@ -56,9 +56,9 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
         head = Head.of(load_model(teacher)) if kind == "knn-lm" else None
         mark = Bookmark(folder, "rows")
         begin, end = parallel.share(shape[0], BATCH)
-        for start, distances, found in search_own(datastore, chosen["neighbours"], mark.place.get("rows", begin), end):
-            part = slice(start, start + len(found))
-            rows = token_masses(distances, datastore.values[found], chosen["tau"])
+        for start, distances, numbers in search_own(datastore, chosen["neighbours"], mark.place.get("rows", begin), end):
+            part = slice(start, start + len(numbers))
+            rows = token_masses(distances, datastore.values[numbers], chosen["tau"])
             if head is not None:
                 rows = beside_teacher(*rows, chosen["lam"], datastore.keys[part], head)
             ids[part], probs[part] = sparse_rows(*rows)
@@ -73,14 +73,14 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
 
 
 def tune_beside_teacher(store: Datastore, folder: Path, valid: Ids, most: int) -> Tuned:
-    """The k, at most `most`, and tau whose kNN-LM, mixed into the teacher, has the lowest perplexity on `valid` [tokens].
+    """The kNN-LM, with k at most `most`, that has the lowest perplexity on `valid` [tokens] when mixed into the teacher.
 
-    TUNED_ON windows spread evenly over it are asked: its first part alone would be one document of many.
+    It is tuned on TUNED_ON windows spread evenly over the split, so that many documents count.
     """
     starts = windows(len(valid), TUNED_ON)
     logprobs, queries = score(load_model(folder), valid, "tau queries", starts, keys=True)
-    distances, found = store.search(queries, min(most, len(store.keys)))
-    hits = store.values[found] == np.asarray(valid)[scored(starts)][:, None]
+    distances, numbers = store.search(queries, min(most, len(store.keys)))
+    hits = store.values[numbers] == np.asarray(valid)[scored(starts)][:, None]
     return tune(distances, hits, np.exp(logprobs), tuple(most >> (2 * i) for i in range(4) if most >> (2 * i)))
 
 
@@ -91,16 +91,16 @@ def search_own(store: Datastore, neighbours: int, begin: int = 0, end: int | Non
     with progress("kNN targets", end, " queries", begin) as bar:
         for start in range(begin, end, BATCH):
             queries = np.asarray(store.keys[start : min(end, start + BATCH)], np.float32)
-            distances, found = store.search(queries, k + 1)
-            own = found == np.arange(start, start + len(queries))[:, None]
+            distances, numbers = store.search(queries, k + 1)
+            own = numbers == np.arange(start, start + len(queries))[:, None]
             own[~own.any(1), -1] = True  # own entry not among them: drop the farthest instead
-            yield start, distances[~own].reshape(-1, k), found[~own].reshape(-1, k)
+            yield start, distances[~own].reshape(-1, k), numbers[~own].reshape(-1, k)
             bar.update(len(queries))
 
 
 @torch.inference_mode()
 def beside_teacher(ids: Ids, masses: Floats, lam: float, keys: Keys, head: Head) -> tuple[Ids, Floats]:
-    """lam * p_kNN (rows [n, k]) + (1 - lam) * p_teacher, of which the KEPT likeliest tokens: [n, k + KEPT].
+    """lam * p_kNN (rows [n, k]) + (1 - lam) * p_teacher (its KEPT most probable tokens), as rows [n, k + KEPT].
 
     The teacher's distribution comes from its keys [n, width], which are its final hidden states, and its output head.
     """

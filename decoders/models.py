@@ -15,13 +15,13 @@ def load_model(folder: Path | str) -> PreTrainedModel:
         raise PackageError(f"{folder}: no config.json in it; wanted a Hugging Face model folder")
     model: PreTrainedModel
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=trusted()
         )
     except Exception as error:  # transformers raises many kinds here
         raise PackageError(f"{folder}: can't be loaded as a causal language model ({first_line(error)})") from None
-    missing = sorted(told["missing_keys"])
-    if missing:  # transformers would fill them with random numbers
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would initialise them at random
         raise PackageError(f"{folder}: {missing[0]} is not in its weights, nor are {len(missing) - 1} others; copy the model again")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

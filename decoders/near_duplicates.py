@@ -1,7 +1,7 @@
-"""Stage 1: training documents that repeat held-out ones, found by their 13-grams and left out.
+"""Stage 1: drop training documents that repeat held-out ones, by their 13-grams.
 
-A document is dropped when at least SHARE of its distinct 13-grams of words occur in valid or test: perplexity on text that
-was trained on says nothing. Only the held-out 13-grams are in memory, eight bytes each.
+A document is dropped when at least SHARE of its distinct 13-grams of words occur in valid or test: perplexity on
+text that was trained on says nothing. Only the held-out 13-grams are kept in memory, eight bytes each.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from memdec.decoders import parallel
 from memdec.decoders.corpus import SPLITS, Corpus
 from memdec.decoders.manifest import Manifest, stage
 
-WORDS = 13  # words a gram: what GPT-3's contamination study used
+WORDS = 13  # words per gram, as in GPT-3's contamination study
 SHARE = 0.3
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -36,7 +36,7 @@ class Cleaned:
 
     @classmethod
     def open(cls, corpus: Corpus, folder: Path) -> "Cleaned":
-        """Read a stage-1 artifact."""
+        """Open `corpus` with the dropped documents that stage 1 wrote to `folder`."""
         lines = (folder / "dropped.txt").read_text().splitlines()
         return cls(corpus, frozenset((split, name) for split, name in (line.split() for line in lines)))
 
@@ -48,7 +48,7 @@ class Cleaned:
 
 
 def write_near_duplicates(out: Path, corpus: Corpus, manifest: Manifest) -> Path:
-    """Write dropped.txt (a split and a hash a line) and counts.json (documents and dropped ones a split) into `out`."""
+    """Write dropped.txt (a line "split hash" per dropped document) and counts.json (how many of each split) into `out`."""
     with stage(out, manifest) as folder:
         if folder is None or parallel.rank() != 0:
             return out
@@ -72,7 +72,7 @@ def write_near_duplicates(out: Path, corpus: Corpus, manifest: Manifest) -> Path
 
 
 def grams_of(text: str) -> Grams:
-    """Sorted distinct hashes of a text's 13-grams; of its whole if it is shorter."""
+    """Sorted distinct hashes of a text's 13-grams; a shorter text has one gram, all its words."""
     words = np.array([zlib.crc32(w.encode()) for w in text.split()], np.uint64)
     if not len(words):
         return words
@@ -92,5 +92,5 @@ def share_of(grams: Grams, seen: Grams) -> float:
 
 
 def text_hash(text: str) -> str:
-    """Name of a document."""
+    """Hash that identifies a document in dropped.txt."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -25,7 +25,7 @@ MODEL_FILES = (
 
 
 def share(folder: Path) -> None:
-    """Let everybody read a model: safetensors creates its files for the owner alone."""
+    """Make a folder's files readable for every user: safetensors creates its files with mode 0600."""
     for file in folder.iterdir():
         file.chmod(0o644)
 
@@ -33,7 +33,7 @@ def share(folder: Path) -> None:
 def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], training: dict[str, Any], manifest: Manifest) -> Path:
     """Copy a trained decoder into a package for `domain`.
 
-    `bases`: fingerprint of a base -> the figures measured beside it, lambda among them; the first is the one it was built for.
+    `bases`: figures by fingerprint of the base they were measured beside, lambda among them; the first base is the one it was built for.
     """
     with stage(out, manifest) as folder:
         if folder is None or parallel.rank() != 0:
@@ -49,7 +49,7 @@ def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], 
             "bases": bases,
             "training": training,
         }
-        checked(Record, record, out / RECORD)  # or no server would take it
+        checked(Record, record, out / RECORD)  # what the server will check
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         (folder / CARD).write_text(model_card(record))
         share(folder)
@@ -57,7 +57,7 @@ def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], 
 
 
 def model_card(record: dict[str, Any]) -> str:
-    """README.md of a package: what it is, how to serve it, what was measured, what it was made from."""
+    """Text of a package's README.md: how to serve the decoder, its measured perplexities, its corpus and options."""
     domain, training = record["domain"], record["training"]
     corpus = training["corpus"]
     first = next(iter(record["bases"].values()))["name"]

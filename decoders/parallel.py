@@ -1,4 +1,4 @@
-"""Several processes on one job, as `torchrun` starts them; alone, every function here is a plain no-op.
+"""One training job in several processes, as `torchrun` starts them; in a single process every function here does nothing.
 
 Rank 0 makes folders, checkpoints and models; embedding and searching are split by position, training by window. All ranks see
 the same file system.
@@ -26,23 +26,23 @@ def leave() -> None:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world() -> int:
-    """Processes in all."""
+    """Number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has reached this call."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def share(count: int, step: int = 1) -> tuple[int, int]:
-    """The part [start, end) that this process has of `count` items; parts begin at multiples of `step`."""
+    """Range [start, end) of `count` items that falls to this process; ranges begin at multiples of `step`."""
     steps = -(-count // step)
     return min(count, steps * rank() // world() * step), min(count, steps * (rank() + 1) // world() * step)
 

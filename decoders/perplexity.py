@@ -1,4 +1,4 @@
-"""Perplexity of base, memory and mixture, and the lambda that fits them best.
+"""Perplexity of base, memory and mixture, and the lambda with the lowest.
 
 Windows of WINDOW tokens, half overlapping; only each window's second half is scored, so every scored token has seen at least
 WINDOW / 2 tokens and is scored once.
@@ -15,10 +15,10 @@ from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.train import keep_freed_memory, progress
 
 WINDOW = 512
-SCORED = WINDOW // 2  # tokens a window, its last ones
+SCORED = WINDOW // 2  # scored tokens per window: its last ones
 BATCH = 8
 LAMBDAS = tuple(round(0.05 * i, 2) for i in range(21))
-MEASURED = 128  # windows a split, spread evenly, that a package's figures come from
+MEASURED = 128  # windows per split, spread evenly, on which a package's figures are measured
 
 Floats = NDArray[np.float64]
 
@@ -42,7 +42,7 @@ def perplexity(logprobs: Floats) -> float:
 
 
 def windows(length: int, most: int | None = None) -> list[int]:
-    """Start positions of the windows that are scored in `length` tokens; of at most `most` of them, spread evenly."""
+    """Start positions of the scored windows in `length` tokens; with `most`, at most so many, spread evenly."""
     starts = list(range(0, length - WINDOW, SCORED))
     if most is None or most >= len(starts):
         return starts
@@ -92,7 +92,7 @@ def table(rows: Sequence[dict[str, str | float]]) -> str:
 
 
 def measure(base: PreTrainedModel, memory: PreTrainedModel, valid: Ids, test: Ids) -> dict[str, float | int]:
-    """Tune lambda on valid, measure on test: the figures a package records."""
+    """Tune lambda on `valid` and measure perplexities on `test`, both [tokens]; returns the figures that a package records."""
     v, t = windows(len(valid), MEASURED), windows(len(test), MEASURED)
     lam = best_lambda(label_logprobs(base, valid, "valid base", v), label_logprobs(memory, valid, "valid memory", v))
     ours, theirs = label_logprobs(base, test, "test base", t), label_logprobs(memory, test, "test memory", t)

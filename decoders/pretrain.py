@@ -1,6 +1,6 @@
-"""The base language model: a tokenizer, then a small Qwen2, from plain text alone.
+"""Train a base language model from plain text: a tokenizer, then a small Qwen2.
 
-Only needed when there is no base yet: `memdec build` starts from any Hugging Face folder.
+Only needed if there is no base yet: `memdec build` starts from any Hugging Face folder.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.tokens import load_tokens, write_tokens
 from memdec.decoders.train import Schedule, train
 
-SAMPLE = 8_000_000  # characters of each corpus that the tokenizer sees
+SAMPLE = 8_000_000  # characters of each corpus that the tokenizer is trained on
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shape:
     positions: int = 1024
     """Longest context in tokens."""
     tied: bool = False
-    """Whether the output projection is the embedding: smaller, at the same cost a token."""
+    """Whether the output projection shares the embedding's weights: a smaller model at the same cost per token."""
 
 
 BASE = Shape()
@@ -50,7 +50,7 @@ DECODER = Shape(hidden=256, layers=3, intermediate=608, heads=4, kv_heads=1, tie
 
 
 def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights, its vocabulary that of the tokenizer."""
+    """A Qwen2 of `shape` with random weights and the tokenizer's vocabulary."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -91,25 +91,26 @@ def pretrain(
 
 
 def grow(source: Path, corpus: Corpus, work: Path, out: Path, tokens: int) -> Path:
-    """Train a model on `corpus` that starts as `source` with twice the layers; write a Hugging Face folder to `out`."""
+    """Double the layers of the model `source`, train it on `corpus`, and write a Hugging Face folder to `out`."""
     tokenizer = load_tokenizer(source)
     inputs: Manifest = {"corpus": corpus.fingerprint(), "token_map": token_map_hash(tokenizer)}
-    found = write_tokens(work / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
+    encoded = write_tokens(work / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
     schedule = Schedule(tokens, batch=8, seed=1, matrix_lr=0.01, other_lr=1.5e-3, cooldown=0.7, stretched=0.05)
     inputs = {"tokens": fingerprint(inputs), "source": fingerprint_model(source), "schedule": schedule.to_dict()}
     with stage(out, inputs) as folder:
         if folder is not None:
             model = doubled(load_model(source))
-            train(model, load_tokens(found, "train"), schedule, "training", folder=folder)
+            train(model, load_tokens(encoded, "train"), schedule, "training", folder=folder)
             if parallel.rank() == 0:
                 save_model(model, folder, tokenizer, torch.bfloat16)
     return out
 
 
 def doubled(small: PreTrainedModel) -> PreTrainedModel:
-    """A model with a new layer after each of `small`'s, which computes the very same function until it is trained.
+    """A model with a new layer after each layer of `small`; before training it computes the same function.
 
-    A new layer copies the one before it, but what it adds to the residual stream is multiplied by zeros.
+    A new layer is a copy of the one before it, with zeros as output projections, so that it adds nothing to the residual stream.
+    Raises PackageError for architectures whose layers have other names.
     """
     layers = small.config.num_hidden_layers
     config = AutoConfig.for_model(**{k: v for k, v in small.config.to_dict().items() if k not in ("layer_types", "max_window_layers")})
@@ -118,8 +119,8 @@ def doubled(small: PreTrainedModel) -> PreTrainedModel:
         config.layer_types = [kind for kind in small.config.layer_types for _ in range(2)]
     state = {}
     for name, value in small.state_dict().items():
-        before, found, after = name.partition(".layers.")
-        if not found:
+        before, in_a_layer, after = name.partition(".layers.")
+        if not in_a_layer:
             state[name] = value
             continue
         number, _, leaf = after.partition(".")

@@ -1,4 +1,4 @@
-"""`memdec retrieval`: corpus -> tokens -> the base's own keys -> tuned -> a folder to serve (see memdec.decoders.retrieval)."""
+"""`memdec retrieval`: corpus -> tokens -> the base's own keys -> tuned -> a folder to serve (see memdec.decoders.reading.retrieval)."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -24,12 +24,12 @@ from memdec.decoders.tokens import load_tokens
 
 NEIGHBOURS = (16, 64, 256, 1024)
 PROBED = (8, 16, 64)
-TOLERATED = 0.005  # nats that visiting fewer index cells may cost
+TOLERATED = 0.005  # nats per token that visiting fewer index cells may cost
 
 
 @dataclass(frozen=True)
 class RetrievalOptions:
-    """What a retrieval folder is made of. The field names are the flags."""
+    """Options of `memdec retrieval`; the field names are the flags."""
 
     entries: int = field(default=1_000_000, metadata={"help": "datastore entries at most, in whole pieces of 4,096 tokens"})
     passage: int = field(default=128, metadata={"help": "tokens of a passage"})
@@ -47,18 +47,18 @@ class RetrievalOptions:
 
 @dataclass(frozen=True)
 class RetrievalBuild:
-    """One domain's retrieval folder: what it is made from, and where it goes."""
+    """The build of one domain's retrieval folder: its inputs, its options and its folders."""
 
     domain: str
     corpus: Corpus
     base: Path
     out: Path
     work: Path
-    """Text, tokens and keys; may be the work folder of a `Build` of the same corpus, whose tokens are then used."""
+    """Folder of the intermediate artifacts; may be that of a `Build` of the same corpus, whose tokens are then reused."""
     options: RetrievalOptions = RetrievalOptions()
 
     def run(self) -> Path:
-        """Make what isn't fresh; returns the folder. Raises DecoderError, one line."""
+        """Make every artifact that isn't fresh; returns the retrieval folder. Raises DecoderError, one line."""
         # The checks, and the first two stages, are those of a decoder's build.
         tokens = Build(self.domain, self.corpus, self.base, self.out, self.work).run("tokens")
         with alone(self.work):
@@ -96,15 +96,18 @@ class RetrievalBuild:
 
 
 def tune_beside_base(store: Datastore, base: Path, tokens: Path, most: int) -> tuple[Tuned, int, dict[str, float]]:
-    """k, tau and lambda with the lowest validation perplexity, and the fewest index cells that cost no more than TOLERATED."""
+    """Tune the kNN-LM beside the base on at most `most` validation windows.
+
+    Returns the tuned kNN-LM, the fewest index cells whose loss is within TOLERATED of the best, and the validation perplexities.
+    """
     valid = load_tokens(tokens, "valid")
     starts = windows(len(valid), most)
     logprobs, queries = score(load_model(base), valid, "tuning", starts, keys=True)
     labels = np.asarray(valid)[scored(starts)]
-    found: dict[int, Tuned] = {}
+    tuned: dict[int, Tuned] = {}
     for probed in PROBED:
         distances, numbers = store.search(queries, min(max(NEIGHBOURS), len(store.values)), probed)
-        found[probed] = tune(distances, store.values[numbers] == labels[:, None], np.exp(logprobs), NEIGHBOURS)
-    lowest = min(t.perplexity for t in found.values())
-    probed = next(p for p, t in found.items() if np.log(t.perplexity / lowest) <= TOLERATED)
-    return found[probed], probed, {"base": round(perplexity(logprobs), 3), "knn": found[probed].perplexity}
+        tuned[probed] = tune(distances, store.values[numbers] == labels[:, None], np.exp(logprobs), NEIGHBOURS)
+    lowest = min(t.perplexity for t in tuned.values())
+    probed = next(p for p, t in tuned.items() if np.log(t.perplexity / lowest) <= TOLERATED)
+    return tuned[probed], probed, {"base": round(perplexity(logprobs), 3), "knn": tuned[probed].perplexity}

@@ -1,7 +1,7 @@
-"""Stages 3 and 6: models tuned on the domain's text alone: the teacher that embeds the datastore, and the student that the decoder starts from.
+"""Stages 3 and 6: models trained on the domain's text alone: the teacher, which embeds the datastore, and the student, which becomes the decoder.
 
-The paper says little of either, but without them the kNN targets hurt: a teacher worse than its student teaches nothing.
-A tuned base is also what "DAPT" means, domain-adaptive pre-training, and serves as that baseline.
+The paper says little of either, but without them the kNN targets hurt: the teacher must be better than the student.
+The tuned base is also the baseline DAPT, domain-adaptive pre-training.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from memdec.decoders.train import Schedule, train
 
 
 def write_tuned(out: Path, tokens: Path, base: Path, schedule: Schedule, manifest: Manifest) -> Path:
-    """Tune a copy of the base on the domain, all weights; a Hugging Face folder in float32."""
+    """Tune all weights of a copy of the base on the domain; write a Hugging Face folder in float32."""
     with stage(out, manifest) as folder:
         if folder is not None:
             model = load_model(base)
@@ -29,7 +29,7 @@ def write_tuned(out: Path, tokens: Path, base: Path, schedule: Schedule, manifes
 
 
 def write_student(out: Path, tokens: Path, tokenizer: Path, shape: Shape, schedule: Schedule, manifest: Manifest) -> Path:
-    """Train a model of the decoder's shape on the domain from random weights; a Hugging Face folder in float32."""
+    """Train a model of the decoder's shape on the domain from random weights; write a Hugging Face folder in float32."""
     with stage(out, manifest) as folder:
         if folder is not None:
             vocabulary = load_tokenizer(tokenizer)

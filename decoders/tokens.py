@@ -1,7 +1,7 @@
-"""Stage 2: token ids on disk, one flat array a split, `<|endoftext|>` after each document.
+"""Stage 2: tokenize the corpus: one flat array of token ids per split, with `<|endoftext|>` after each document.
 
-Position i of a split is the id of its i-th token; everything later (datastore entries, kNN targets) is indexed by it.
-`<split>.ends.npy` holds where each document ends, its end-of-text included.
+Later artifacts (datastore entries, kNN targets) are indexed by positions in it.
+`<split>.ends.npy` holds the position after each document, its end-of-text included.
 """
 
 import shutil
@@ -22,8 +22,8 @@ from memdec.decoders.near_duplicates import Cleaned
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.errors import CorpusError
 
-BATCH = 64  # documents a tokenizer call
-MINIMUM = 5_000  # tokens a split needs to say anything
+BATCH = 64  # documents per tokenizer call
+MINIMUM = 5_000  # tokens per split: fewer can't be measured on
 
 
 def write_tokens(out: Path, corpus: Cleaned, tokenizer: PreTrainedTokenizerBase, manifest: Manifest) -> Path:
@@ -31,10 +31,10 @@ def write_tokens(out: Path, corpus: Cleaned, tokenizer: PreTrainedTokenizerBase,
     with stage(out, manifest) as folder:
         if folder is None or parallel.rank() != 0:
             return out
-        for split in reversed(SPLITS):  # the small ones first: too little text is told at once
+        for split in reversed(SPLITS):  # the small splits first, so that too little text is reported at once
             total = encode(tokenizer, corpus.documents(split), folder, split)
             if total < MINIMUM:
-                shutil.rmtree(folder)  # nothing in it is worth going on with
+                shutil.rmtree(folder)  # a later run must start from the beginning
                 few = f"corpus {corpus.corpus.name}: split {split} has {total:,} tokens, wanted at least {MINIMUM:,}"
                 raise CorpusError(
                     f"{few}; add documents (2 % of them become {split}, unless train.txt, valid.txt and test.txt say otherwise)"
@@ -43,9 +43,9 @@ def write_tokens(out: Path, corpus: Cleaned, tokenizer: PreTrainedTokenizerBase,
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], folder: Path, split: str) -> int:
-    """Tokenize one split into `folder`, going on where an earlier run stopped; returns its length in tokens.
+    """Tokenize one split into `folder`, continuing where an earlier run stopped; returns its length in tokens.
 
-    Text that spells a special token stays text.
+    Special tokens spelled out in the text are tokenized as ordinary text.
     """
     mark = Bookmark(folder, split)
     ids = GrowingArray(folder / f"{split}.npy", np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32, mark.place.get("tokens", 0))
@@ -73,7 +73,7 @@ def load_tokens(folder: Path, split: str) -> Ids:
 
 
 def load_ends(folder: Path, split: str) -> NDArray[np.int64]:
-    """Where each document of a split ends, [documents]."""
+    """Position after each document of a split, [documents]."""
     ends: NDArray[np.int64] = np.load(folder / f"{split}.ends.npy")
     return ends
 

@@ -1,4 +1,4 @@
-"""The one training loop: base, teacher and decoder differ only in their targets, model and schedule."""
+"""The training loop of base, teacher, student and decoder; they differ in model, targets and schedule alone."""
 
 import contextlib
 import ctypes
@@ -35,26 +35,26 @@ class Schedule:
     """How long and how fast to train."""
 
     tokens: int
-    """Training tokens in all, epochs counted in."""
+    """Training tokens in all, over all epochs."""
     window: int = 512
     """Context length in tokens."""
     batch: int = 16
-    """Windows a step."""
+    """Windows per step."""
     stretched: float = 0.1
-    """Share of the steps, the last ones, with windows twice as long and half as many, so that long contexts work too."""
+    """Share of the steps, at the end, whose windows are twice as long and half as many, so that the model learns long contexts too."""
     matrix_lr: float = 0.02
     """Peak learning rate of the hidden matrices (Muon)."""
     other_lr: float = 3e-3
     """Peak learning rate of embeddings, norms and biases (AdamW)."""
     warmup: float = 0.02
-    """Share of the steps that the learning rate rises from 0."""
+    """Share of the steps, at the beginning, in which the learning rate rises from 0."""
     cooldown: float = 0.6
-    """Share of the steps, the last ones, in which it falls to 0."""
+    """Share of the steps, at the end, in which the learning rate falls to 0."""
     seed: int = 0
     """Seed of the order of the windows."""
 
     def to_dict(self) -> dict[str, float]:
-        """For a manifest."""
+        """The fields as a dict, for a manifest."""
         return asdict(self)
 
     @property
@@ -63,13 +63,13 @@ class Schedule:
         return max(1, self.tokens // (self.window * self.batch))
 
     def shape(self, step: int) -> tuple[int, int]:
-        """Windows and tokens a window at a step."""
+        """Windows, and tokens per window, at a step."""
         if step < self.steps * (1 - self.stretched):
             return self.batch, self.window
         return max(1, self.batch // 2), 2 * self.window
 
     def rate(self, step: int) -> float:
-        """Learning-rate factor at a step: trapezoid, so that the peak lasts whatever the length."""
+        """Learning-rate factor at a step, from 0 to 1: a trapezoid of warm-up, constant rate and cooldown."""
         up = (step + 1) / max(1, self.warmup * self.steps)
         down = (self.steps - step) / max(1, self.cooldown * self.steps)
         return min(1.0, up, down)
@@ -87,8 +87,8 @@ def train(
     """Train `model` in place on the flat token array `ids` [tokens]; ends in eval mode.
 
     Uses bf16 autocast where that is fast, Muon for hidden matrices (torch.optim.Muon) and AdamW for the rest. With a `folder`,
-    a JSON line every 20 steps goes to `<what>.jsonl` there, and a checkpoint every `Checkpoint.SECONDS`, from which a killed
-    run's successor goes on to the same weights. Under torchrun every process takes its share of each batch.
+    a JSON line every 20 steps goes to `<what>.jsonl` there, and a checkpoint is saved every `Checkpoint.SECONDS`; a run that is killed
+    and started again resumes from it and ends with the same weights. Under torchrun every process takes its share of each batch.
     """
     device = next(model.parameters()).device
     precision = fast_precision(device)
@@ -136,7 +136,7 @@ def train(
 
 
 class Checkpoint:
-    """A training's state on disk: weights, optimizers, place in the data. Gone on from, it leads to the same weights."""
+    """The state of a training on disk: weights, optimizers, position in the data. A resumed run ends with the same weights."""
 
     SECONDS = 60.0
 
@@ -177,7 +177,7 @@ class Checkpoint:
         try:
             torch.save(state, temporary)
             temporary.replace(self.path)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # torch raises this on a full disk
             raise OSError(
                 errno.EIO, f"the checkpoint could not be written ({first_line(error)}); is the disk full?", str(self.path)
             ) from None
@@ -186,7 +186,7 @@ class Checkpoint:
         self.saved = time.monotonic()
 
     def finish(self) -> None:
-        """Write the log. The checkpoint stays until its stage is done or a later training's model is saved."""
+        """Write the log. The checkpoint stays until its stage is finished."""
         if self.log is not None and parallel.rank() == 0:
             self.log.write_text("".join(json.dumps(row) + "\n" for row in self.history))
 
@@ -197,13 +197,13 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> tqdm:
 
 
 def fast_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it: 2.4 times faster with AVX-512 BF16. Without, float32 is 1.8 times faster (measured)."""
+    """bfloat16 if the hardware multiplies it (2.4 times faster with AVX-512 BF16), else float32 (1.8 times faster there); measured."""
     fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc not to hand large freed blocks back: every step would fault the same pages in again."""
+    """Tell glibc to keep large freed blocks: returned to the system, their pages would be faulted in again at every step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -211,7 +211,7 @@ def keep_freed_memory() -> None:
 
 
 def _optimizers(model: PreTrainedModel, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else, adapters among it."""
+    """Muon for the matrices inside the blocks; AdamW for all other parameters, LoRA adapters included."""
     embedding = model.get_input_embeddings().weight
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = [p for n, p in trained.items() if p.ndim == 2 and p is not embedding and "lm_head" not in n and "lora_" not in n]
@@ -241,10 +241,10 @@ class _Batches:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs to go on from here."""
+        """The state that `load` takes."""
         return {"window": self.window, "queue": self.queue.tolist(), "random": json.dumps(self.random.bit_generator.state)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state that `state` returned."""
         self.window, self.queue = state["window"], np.array(state["queue"], np.int64)
         self.random.bit_generator.state = json.loads(state["random"])

@@ -1,4 +1,4 @@
-"""`memdec verify`: everything a server checks of a decoder before it serves it, and what a person wants to know of it."""
+"""`memdec verify`: the checks that a server makes before it serves a decoder, and a summary for people."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from memdec.decoders.reading.weights import check_weights
 
 
 def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
-    """Check a decoder folder, beside a base if one is given; yields (check, what was found) and raises PackageError at the first fault."""
+    """Check a decoder folder, beside a base if one is given; yields (check, result) and raises PackageError at the first fault."""
     if not path.is_dir():
         raise PackageError(f"{path}: no such folder")
     if base is not None and not base.is_dir():
@@ -28,10 +28,10 @@ def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
     yield "domain", package.domain or "not named: the server's --decoder NAME= says it"
 
     tokenizer = load_tokenizer(path)
-    found = token_map_hash(tokenizer)
-    if package.tokenizer not in (None, found):
-        raise PackageError(f"{path}: its tokenizer's token map is {found}, {RECORD} says {package.tokenizer}; copy the right one")
-    yield "token map", f"{found}, {len(tokenizer):,} ids"
+    map_hash = token_map_hash(tokenizer)
+    if package.tokenizer not in (None, map_hash):
+        raise PackageError(f"{path}: its tokenizer's token map is {map_hash}, {RECORD} says {package.tokenizer}; copy the right one")
+    yield "token map", f"{map_hash}, {len(tokenizer):,} ids"
 
     model = load_model(path)
     broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]

@@ -105,13 +105,13 @@ def send(connection: socket.socket, pieces: list[bytes]) -> int:
 
 def receive(connection: socket.socket) -> bytes:
     """All that comes until the server ends, or resets, or says nothing for `WAIT` seconds."""
-    found = b""
+    answer = b""
     try:
         while piece := connection.recv(1 << 16):
-            found += piece
+            answer += piece
     except OSError:
         pass
-    return found
+    return answer
 
 
 def status(answer: bytes) -> int:
@@ -134,8 +134,8 @@ def trailers_as_headers(target: Target) -> tuple[str, bool]:
     chunked = b"\r\n%x\r\n%b\r\n0\r\nX-Domain: no-such-domain\r\n\r\n" % (len(body), body)
     with target.connect() as connection:
         connection.sendall(target.head("/v1/completions", *lines) + chunked)
-        found = status(receive(connection))
-    return f"{found}", found != 200
+        code = status(receive(connection))
+    return f"{code}", code != 200
 
 
 def blank_lines(target: Target) -> tuple[str, bool]:
@@ -151,14 +151,14 @@ def blank_lines(target: Target) -> tuple[str, bool]:
 
 def bodies_over_the_limit(target: Target) -> tuple[str, bool]:
     """Clients that send 16 MB and then read."""
-    found: Counter[int] = Counter()
+    codes: Counter[int] = Counter()
     for length in ("Content-Length: 16777216", "Transfer-Encoding: chunked"):
         for key in (True, False):
             with target.connect() as connection:
                 frame = b"100000\r\n%b\r\n" if "chunked" in length else b"%b"
                 send(connection, [target.head("/v1/completions", length, key=key) + b"\r\n", *[frame % (b"x" * MEGABYTE)] * 16])
-                found[status(receive(connection))] += 1
-    return ", ".join(f"{n} × {code or 'reset'}" for code, n in sorted(found.items())), found[0] > 0
+                codes[status(receive(connection))] += 1
+    return ", ".join(f"{n} × {code or 'reset'}" for code, n in sorted(codes.items())), codes[0] > 0
 
 
 def pipelined_requests(target: Target) -> tuple[str, bool]:
@@ -177,8 +177,8 @@ def idle_connections(target: Target) -> tuple[str, bool]:
         for number in range(500):
             connection = stack.enter_context(target.connect())
             send(connection, [b"GET /he"] if number % 2 else [])
-        found = target.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code
-    return f"{found} for somebody else", found != 200
+        code = target.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code
+    return f"{code} for somebody else", code != 200
 
 
 def unread_streams(target: Target) -> tuple[str, bool]:
@@ -188,19 +188,19 @@ def unread_streams(target: Target) -> tuple[str, bool]:
         for _ in range(200):
             connection = stack.enter_context(target.connect(receive=4096))
             send(connection, [target.head("/v1/completions", f"Content-Length: {len(body)}") + b"\r\n" + body])
-        found = target.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code
-    return f"{found} for somebody else", found not in (200, 429, 503)
+        code = target.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code
+    return f"{code} for somebody else", code not in (200, 429, 503)
 
 
 def websockets(target: Target) -> tuple[str, bool]:
     """100 wishes to speak another protocol, then frames of it."""
     lines = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13", "Content-Length: 2")
-    found: Counter[int] = Counter()
+    codes: Counter[int] = Counter()
     for _ in range(100):
         with target.connect() as connection:
             send(connection, [target.head("/v1/completions", *lines) + b"\r\n{}" + b"\x81\x85frame" * 1000])
-            found[status(receive(connection))] += 1
-    return ", ".join(f"{n} × {code or 'reset'}" for code, n in sorted(found.items())), bool(found[0] or found[101])
+            codes[status(receive(connection))] += 1
+    return ", ".join(f"{n} × {code or 'reset'}" for code, n in sorted(codes.items())), bool(codes[0] or codes[101])
 
 
 USER = {"role": "user", "content": ""}

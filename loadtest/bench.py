@@ -82,26 +82,26 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     how = f"{args.rounds} rounds, {args.tokens} tokens, prompts of {'the domains' if args.prompts else 'the standard library'}"
     kept = args.out / "bench.json"
-    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"runs": {}}
-    found["runs"] |= {str(part): f"commit {commit()}, {how}" for part in args.parts}
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"runs": {}}
+    results["runs"] |= {str(part): f"commit {commit()}, {how}" for part in args.parts}
     if {1, 3, 4} & set(args.parts):
         sizes = {name: make(args.work / name, shape) for name, shape in SHAPES.items()}
-        found["floor"] = {name: round(1 + sizes[name] / sizes["base"], 3) for name in ("37M", "0.1B")}
+        results["floor"] = {name: round(1 + sizes[name] / sizes["base"], 3) for name in ("37M", "0.1B")}
     if 1 in args.parts:
-        found["shapes"] = shapes(args)
+        results["shapes"] = shapes(args)
     if 2 in args.parts:
-        found["embedded"] = embedded(args)
+        results["embedded"] = embedded(args)
     if 3 in args.parts:
-        found["loaded"] = loaded(args)
+        results["loaded"] = loaded(args)
     if 4 in args.parts:
-        found["first_token"] = first_token(args)
-    found |= {"hardware": f"{cpu()}, {os.cpu_count()} cores", "commit": commit()}
-    text = report(found)
-    kept.write_text(json.dumps(found, indent=1) + "\n")
+        results["first_token"] = first_token(args)
+    results |= {"hardware": f"{cpu()}, {os.cpu_count()} cores", "commit": commit()}
+    text = report(results)
+    kept.write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "bench.md").write_text(text)
-    plot(found, args.out / "bench.png")
+    plot(results, args.out / "bench.png")
     print(text)
-    print(json.dumps({"benchmark": "bench", "hardware": found["hardware"], "commit": found["commit"], "ratio": ratio(found)}))
+    print(json.dumps({"benchmark": "bench", "hardware": results["hardware"], "commit": results["commit"], "ratio": ratio(results)}))
 
 
 def make(folder: Path, shape: dict[str, int]) -> int:
@@ -169,7 +169,7 @@ def shapes(args: argparse.Namespace) -> dict[str, Any]:
         "two_domains 0.1B": ("0.1B", ["d0", "d1"]),
         "reference": ("reference", ["d0"]),
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for batch in BATCHES:
         times: dict[str, list[float]] = {name: [] for name, (_, domains) in asked.items() if len(domains) <= batch}
         parts: dict[str, list[dict[str, float]]] = {name: [] for name in times}
@@ -184,7 +184,7 @@ def shapes(args: argparse.Namespace) -> dict[str, Any]:
                 if number:
                     times[name].append(per_token(answer, args.tokens))
                     parts[name].append(per_step(answer, engines[engine].ask(**{**job, "tokens": 1}), args.tokens))
-        found[f"b{batch}"] = {
+        results[f"b{batch}"] = {
             name: {
                 "ms": spread(values),
                 "ratio": against(times["plain"], values),
@@ -192,10 +192,12 @@ def shapes(args: argparse.Namespace) -> dict[str, Any]:
             }
             for name, values in times.items()
         }
-        print(f"batch {batch}: {json.dumps({n: v['ratio']['median'] for n, v in found[f'b{batch}'].items()})}", file=sys.stderr, flush=True)
+        print(
+            f"batch {batch}: {json.dumps({n: v['ratio']['median'] for n, v in results[f'b{batch}'].items()})}", file=sys.stderr, flush=True
+        )
     for closing in engines.values():
         closing.close()
-    return found
+    return results
 
 
 def real_prompts(folder: Path | None, count: int, tokens: int) -> dict[str, list[list[int]]]:
@@ -206,12 +208,12 @@ def real_prompts(folder: Path | None, count: int, tokens: int) -> dict[str, list
     texts = {"python": "\n\n".join(f.read_text(errors="ignore") for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::7])}
     for domain in ("biomed", "finance", "law") if folder else ():
         texts[domain] = (Path(str(folder)) / domain / "test.txt").read_text()
-    found = {}
+    prompts = {}
     for domain, text in texts.items():
         step = len(text) // count
         pieces = (text[i * step : i * step + 40 * tokens] for i in range(count))
-        found[domain] = [tokenizer(piece)["input_ids"][:tokens] for piece in pieces]
-    return found
+        prompts[domain] = [tokenizer(piece)["input_ids"][:tokens] for piece in pieces]
+    return prompts
 
 
 def embedded(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,7 +232,7 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
         **{str(k): Engine(log, decoders=decoders, drafter="FixedDrafter", drafted=k, **shared) for k in range(1, 7)},
         "adaptive": Engine(log, decoders=decoders, drafter="MemoryDrafter", drafted=6, **shared),
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     everything = engines
     for batch in BATCHES:
         # Each fixed K costs as much as all the rest; in the largest batch the ends of the scale say enough.
@@ -268,11 +270,11 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
                 if temperature == 0 and name != "plain":
                     rows[name]["same_as_without"] = same[name]
             rows["no domain, speculation on"] = {"ms": spread(plain_beside), "ratio": against(times["plain"], plain_beside)}
-            found[f"b{batch} {way}"] = rows
+            results[f"b{batch} {way}"] = rows
             print(f"batch {batch} {way}: {json.dumps({n: v['ratio']['median'] for n, v in rows.items()})}", file=sys.stderr, flush=True)
     for engine in everything.values():
         engine.close()
-    return found
+    return results
 
 
 def add(accepted: dict[str, Any], domain: str, answer: dict[str, Any]) -> None:
@@ -316,7 +318,7 @@ def first_token(args: argparse.Namespace) -> dict[str, Any]:
     engines: dict[str, tuple[Engine, str | None]] = {"plain": (large(args), None), "no_domain": (large(args, "37M", 1), None)}
     engines["one_domain"] = (engines["no_domain"][0], "d0")
     work = {name: multiplications(SHAPES[name]) for name in SHAPES}
-    found: dict[str, Any] = {"floor": round(1 + work["37M"] / work["base"], 3)}
+    results: dict[str, Any] = {"floor": round(1 + work["37M"] / work["base"], 3)}
     for length in PROMPTS:
         times: dict[str, list[float]] = {name: [] for name in engines}
         for number in range(args.rounds + 1):
@@ -325,13 +327,15 @@ def first_token(args: argparse.Namespace) -> dict[str, Any]:
                 taken = 1000 * engine.ask(**job)["first"]
                 if number:
                     times[name].append(taken)
-        found[str(length)] = {name: {"ms": spread(v), "ratio": against(times["plain"], v)} for name, v in times.items()}
+        results[str(length)] = {name: {"ms": spread(v), "ratio": against(times["plain"], v)} for name, v in times.items()}
         print(
-            f"prompt {length}: {json.dumps({n: v['ratio']['median'] for n, v in found[str(length)].items()})}", file=sys.stderr, flush=True
+            f"prompt {length}: {json.dumps({n: v['ratio']['median'] for n, v in results[str(length)].items()})}",
+            file=sys.stderr,
+            flush=True,
         )
     for engine in {engine for engine, _ in engines.values()}:
         engine.close()
-    return found
+    return results
 
 
 def multiplications(shape: dict[str, int]) -> float:

@@ -154,8 +154,8 @@ def main() -> None:
                 f"| {row['base']} | {row['memory']} | {row['batch']} | {way} | {ms} | {row['ratio'][way]} | {row['floor']} "
                 f"| {1000 * row['bytes'] / speed:.3f} |"
             )
-    found = {f"{r['base']}+{r['memory']} b{r['batch']}": {**r["ratio"], "floor": r["floor"]} for r in rows}
-    print(json.dumps({"benchmark": "bench-gpu", "hardware": name, "tiny": args.tiny, "ratio": found}))
+    ratios = {f"{r['base']}+{r['memory']} b{r['batch']}": {**r["ratio"], "floor": r["floor"]} for r in rows}
+    print(json.dumps({"benchmark": "bench-gpu", "hardware": name, "tiny": args.tiny, "ratio": ratios}))
 
 
 if __name__ == "__main__":

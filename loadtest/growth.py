@@ -139,8 +139,8 @@ def tune(index: faiss.Index, keys: Any, queries: np.ndarray[Any, Any], neighbour
     library: Any = faiss  # its stubs lack the parameters' keywords
     for probed in PROBES:
         parameters = library.IndexRefineSearchParameters(k_factor=4, base_index_params=library.SearchParametersIVF(nprobe=probed))
-        _, found = index.search(queries, neighbours, params=parameters)
-        recall = float(np.mean([np.isin(t, f).mean() for t, f in zip(best[1], found, strict=True)]))
+        _, numbers = index.search(queries, neighbours, params=parameters)
+        recall = float(np.mean([np.isin(t, f).mean() for t, f in zip(best[1], numbers, strict=True)]))
         if recall >= RECALL:
             break
     return probed, round(recall, 3)

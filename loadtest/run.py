@@ -137,7 +137,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def agreement(seen: dict[str, list[float]], before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """Mean inter-token latency that clients saw over the one in /metrics, by mode and domain: streamed requests alone are seen by both sides."""
-    found = {}
+    quotients = {}
     for name, values in seen.items():
         mode, domain, what = name.split(" ", 2)
         labels = f'domain="{domain}",mode="{mode}"'
@@ -147,8 +147,8 @@ def agreement(seen: dict[str, list[float]], before: dict[str, float], after: dic
             for x in ("count", "sum")
         )
         if what == NEXT and count:
-            found[f"{mode} {domain}"] = round(statistics.fmean(values) / (1000 * seconds / count), 3)
-    return found
+            quotients[f"{mode} {domain}"] = round(statistics.fmean(values) / (1000 * seconds / count), 3)
+    return quotients
 
 
 def scrape(url: str) -> dict[str, float]:

@@ -133,10 +133,10 @@ async def idle(client: httpx.AsyncClient) -> dict[str, float]:
     """What the engine still holds once all clients have gone."""
     await asyncio.sleep(5)
     page = (await client.get("/metrics")).text
-    found = {}
+    held = {}
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
-        found[name] = sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)", page, re.M))
-    return found
+        held[name] = sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)", page, re.M))
+    return held
 
 
 def server_pid(url: str) -> int:
@@ -152,12 +152,12 @@ def server_pid(url: str) -> int:
 
 def family(pid: int) -> list[int]:
     """A process and its descendants."""
-    found = [pid]
-    for one in found:
-        for task in Path(f"/proc/{one}/task").glob("*/children"):
+    pids = [pid]
+    for parent in pids:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                found += map(int, task.read_text().split())
-    return found
+                pids += map(int, task.read_text().split())
+    return pids
 
 
 def names(pid: int) -> list[str]:
@@ -167,11 +167,11 @@ def names(pid: int) -> list[str]:
 
 def memory(pid: int) -> dict[str, float]:
     """Resident megabytes of each process."""
-    found = {}
+    megabytes = {}
     for number, one in enumerate(family(pid), 1):
         with contextlib.suppress(OSError, IndexError):
-            found[f"process {number}"] = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{one}/status").read_text())[0]) / 1024
-    return found
+            megabytes[f"process {number}"] = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{one}/status").read_text())[0]) / 1024
+    return megabytes
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 from memdec.decoders.reading.array_types import Floats, Ids, Keys, Numbers
 
 PROBED = 8  # index cells a query visits
-REFINED = 4  # candidates ranked again, as a multiple of k
-CHUNK = 100_000  # keys in memory as float32 at a time
+REFINED = 4  # candidates that are re-ranked, as a multiple of k
+CHUNK = 100_000  # keys converted to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -24,27 +24,30 @@ class Datastore:
 
     @classmethod
     def open(cls, folder: Path) -> "Datastore":
-        """Memory-map the arrays, load the index and give it the keys to rank by."""
+        """Open a datastore folder: memory-map the arrays, load the index, and copy the keys into memory for exact distances."""
         keys = np.load(folder / "keys.npy", mmap_mode="r")
         index = faiss.read_index(str(folder / "index.faiss")) if (folder / "index.faiss").is_file() else None
         return cls(keys, np.load(folder / "values.npy", mmap_mode="r"), with_exact_distances(index, keys))
 
     def search(self, queries: Floats, neighbours: int, probed: int = PROBED) -> tuple[Floats, Numbers]:
-        """Exact squared distances and entry numbers of the nearest entries, both [queries, neighbours], nearest first."""
+        """Find the nearest entries of queries [n, width]: exact squared distances and entry numbers, both [n, neighbours], nearest first.
+
+        `probed`: index cells visited per query.
+        """
         parameters: dict[str, Any] = {}
         if isinstance(self.index, faiss.IndexRefine):
             library: Any = faiss  # its stubs lack the parameters' keywords
             inner = library.SearchParametersIVF(nprobe=probed)
             parameters["params"] = library.IndexRefineSearchParameters(k_factor=REFINED, base_index_params=inner)
-        distances, found = self.index.search(queries, neighbours, **parameters)
-        return distances, found
+        distances, numbers = self.index.search(queries, neighbours, **parameters)
+        return distances, numbers
 
 
 def with_exact_distances(index: faiss.Index | None, keys: Keys) -> faiss.Index:
-    """An index that ranks `index`'s candidates, or all entries if there is none, by their distances to the float16 keys."""
+    """An index that re-ranks the candidates of `index` by their distances to the float16 keys; without `index`, an exhaustive one."""
     exact = faiss.IndexScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16)
     for start in range(0, len(keys), CHUNK):
         exact.add(np.asarray(keys[start : start + CHUNK], np.float32))
     if index is None:
         return exact
-    return faiss.IndexRefine(index, exact)  # which keeps both alive
+    return faiss.IndexRefine(index, exact)  # keeps references to both

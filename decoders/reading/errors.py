@@ -1,4 +1,4 @@
-"""Every failure a user can cause while building or loading a decoder, as one tree."""
+"""Exceptions for the failures that a user can cause while building or loading a decoder, as one tree."""
 
 
 class DecoderError(Exception):

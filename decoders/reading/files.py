@@ -1,7 +1,7 @@
-"""Files that somebody else has written, and may be writing still: regular ones alone, opened without waiting, read within bounds.
+"""Read files that are not trusted, and may still be changing: regular files alone, opened without blocking, read up to a limit.
 
-Whoever may write into a folder may put a named pipe there, a folder called `model.safetensors`, a link to somewhere else, or JSON without end,
-and may swap files between two looks at them. So a file's kind and place are those of what was opened, and what is used is what was read.
+Whoever can write into a model folder can put a named pipe there, a folder called `model.safetensors`, a link that leads elsewhere, or endless
+JSON, and can exchange files at any time. So kind and location are checked on the opened file descriptor, and a file is read once.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from typing import Any
 
 from memdec.decoders.reading.errors import PackageError
 
-MOST_JSON = 1 << 20  # bytes of a config or a record: a thousand times what they have
-MOST_NESTED = 32  # lists and objects within each other
+MOST_JSON = 1 << 20  # bytes of a config or a record, which have about a kilobyte
+MOST_NESTED = 32  # depth of nested lists and objects
 SHOWN = 80  # characters of a value that a message repeats
 KINDS = (
     (stat.S_ISDIR, "folder"),
@@ -28,12 +28,12 @@ KINDS = (
 
 
 def open_regular(path: Path, within: Sequence[Path] = ()) -> BufferedReader:
-    """Open a regular file for reading; whatever the name leads to, this returns at once. The caller closes it.
+    """Open a regular file for reading, without blocking even if the path is a pipe or a device. The caller closes it.
 
-    `within`: folders of which one must hold the file, symbolic links followed; empty: it may lie anywhere. Raises PackageError naming it.
+    `within`: the file, symbolic links resolved, must lie in one of these folders; if empty, anywhere. Raises PackageError naming the file.
     """
     try:
-        # O_PATH opens nothing yet: a pipe would wait for its other end, and a device might act.
+        # O_PATH only resolves the path: opening a pipe would wait for its other end, and opening a device might have effects.
         seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise PackageError(f"{path}: {reason(error)}") from None
@@ -51,7 +51,7 @@ def open_regular(path: Path, within: Sequence[Path] = ()) -> BufferedReader:
 
 
 def read_bytes(path: Path, most: int, within: Sequence[Path] = ()) -> bytes:
-    """All bytes of a regular file. Raises PackageError if it has more than `most`, however it grows meanwhile."""
+    """All bytes of a regular file. Raises PackageError if it has more than `most`, even if it grows while it is read."""
     with open_regular(path, within) as stream:
         try:
             data = stream.read(most + 1)
@@ -82,7 +82,7 @@ def parse_json(data: bytes, name: object) -> dict[str, Any]:
 
 
 def _require_sound(value: object, name: object) -> None:
-    """Raise PackageError if a value is nested too deep to be compared or printed, or holds half a surrogate pair, which no answer can carry."""
+    """Raise PackageError if a value is nested too deep to be compared or printed, or holds a lone surrogate, which no response can contain."""
     level, depth = [value], 0
     while level:
         if (depth := depth + 1) > MOST_NESTED + 1:
@@ -101,7 +101,7 @@ def json_hash(value: Any) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be sent: JSON, and file names, may hold half surrogate pairs."""
+    """Whether a text can be encoded as UTF-8; lone surrogates, which JSON and file names allow, can't."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -110,17 +110,17 @@ def is_utf8(text: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value as a message repeats it: cut, in printable characters."""
+    """A value for an error message: its repr, in printable characters, cut to SHOWN."""
     text = ascii(value) if isinstance(value, str) and not is_utf8(value) else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def sendable(text: str, most: int = 500) -> str:
-    """A message in one line that an answer can carry: file names, as JSON, may hold bytes that are no text."""
+    """A message as one line of valid UTF-8, cut to `most` characters; bytes of file names that are not text are escaped."""
     line = " ".join(text.split())
     return (line if len(line) <= most else f"{line[:most]}…").encode("utf-8", "backslashreplace").decode()
 
 
 def reason(error: Exception) -> str:
-    """What an OSError, or the ValueError of a path with a NUL in it, says in words."""
+    """The text of an OSError, or of the ValueError that a path with a NUL byte raises."""
     return getattr(error, "strerror", None) or str(error)

@@ -1,4 +1,4 @@
-"""What things are called, in a file that imports nothing: options are checked before anything heavy is loaded."""
+"""Names of stages, files and domains. Imports nothing heavy, so that the command line can check options at once."""
 
 import re
 

@@ -15,35 +15,35 @@ from memdec.decoders.reading.weights import CONFIG, Scanned, check_weights, fing
 
 @dataclass(frozen=True)
 class Package:
-    """What a server needs to know of one decoder folder, checked."""
+    """A decoder folder, checked: its config, record, hashes and tuned lambda."""
 
     path: Path
     config: dict[str, Any]
     """The folder's config.json."""
     record: Record
-    """Its memory_decoder.json; what a plain checkpoint lacks is at its default."""
+    """Its memory_decoder.json; a plain checkpoint has the defaults."""
     weights: Scanned
-    """Hashes and size of its weights, all of whose bytes were read."""
+    """Hashes and size of its weight files."""
     revision: str
     """Hash of config and weights."""
     lam: float
-    """Tuned lambda for the base it is opened beside, or the default."""
+    """Lambda tuned for the base that the folder is opened for, or the default."""
     tuned: bool = False
     """Whether `lam` was tuned on that base."""
     perplexity: dict[str, Any] = field(default_factory=dict)
-    """Measured test perplexities beside that base; empty if never measured."""
+    """Test perplexities measured with that base; empty if there are none."""
 
     @classmethod
     def open(cls, path: Path, base: Path | None = None) -> "Package":
         """Read and check a package or a plain checkpoint. Raises PackageError, one line, if it can't be served."""
-        found = cls.read(path)
-        return found if base is None else found.beside(lambda: fingerprint_model(base))
+        package = cls.read(path)
+        return package if base is None else package.beside(lambda: fingerprint_model(base))
 
     @classmethod
     def read(cls, path: Path, within: Sequence[Path] = (), most: int | None = None) -> "Package":
-        """The same without a base.
+        """Like `open`, without a base.
 
-        `within`: folders of which one must hold each of its files, symbolic links followed; empty: anywhere. `most`: bytes its weights may have.
+        `within`: every file, symbolic links resolved, must lie in one of these folders; if empty, anywhere. `most`: limit on the weights' bytes.
         """
         data = read_bytes(path / CONFIG, MOST_JSON, within)
         config = parse_json(data, path / CONFIG)
@@ -54,7 +54,10 @@ class Package:
         return cls(path, config, record, weights, revision_of(data, weights.digests), record.lam)
 
     def beside(self, base: Callable[[], str]) -> "Package":
-        """The same with what was measured beside a base, whose revision is asked for only if anything was measured."""
+        """Copy of the package with lambda and perplexities of a base.
+
+        `base` returns the base's revision; it is called only if the record has figures.
+        """
         figures = self.record.bases.get(base()) if self.record.bases else None
         if figures is None:
             return self
@@ -81,7 +84,7 @@ def read_record(path: Path, within: Sequence[Path] = ()) -> Record | None:
     """`memory_decoder.json`, or None for a plain checkpoint. Raises PackageError."""
     if not os.path.lexists(path / RECORD):
         return None
-    found = read_json(path / RECORD, within)
-    if found.get("format") != FORMAT:
-        raise PackageError(f"{path / RECORD}: format is {shown(found.get('format'))}, this version reads {FORMAT}")
-    return checked(Record, found, path / RECORD)
+    fields = read_json(path / RECORD, within)
+    if fields.get("format") != FORMAT:
+        raise PackageError(f"{path / RECORD}: format is {shown(fields.get('format'))}, this version reads {FORMAT}")
+    return checked(Record, fields, path / RECORD)

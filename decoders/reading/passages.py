@@ -1,4 +1,4 @@
-"""BM25 over passages of a corpus's training tokens: what retrieval in front of the prompt (RAG) fetches from.
+"""BM25 over passages of a corpus's training tokens: the passages that RAG puts in front of the prompt.
 
 bm25s is imported late: it brings numba, and vLLM, when it starts, trips over an attribute of llvmlite's.
 """
@@ -19,14 +19,14 @@ TOKENS, INDEX = "passages.npy", "bm25"
 
 @dataclass(frozen=True)
 class RagOptions:
-    """How passages are cut and fetched, all in tokens."""
+    """Length of a passage, length of a query, and how often a passage is fetched, all in tokens."""
 
     passage: int = 128
     query: int = 32
     stride: int = 64
 
     def to_dict(self) -> dict[str, int]:
-        """For a file."""
+        """The fields as a dict, to be stored as JSON."""
         return asdict(self)
 
 
@@ -35,7 +35,7 @@ class Passages:
 
     def __init__(self, ids: Ids, index: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids, self.index, self.tokenizer = ids, index, tokenizer
-        self.fallback = next(word for word in index.vocab_dict if word)  # for queries without a word, digits and signs alone
+        self.fallback = next(word for word in index.vocab_dict if word)  # for queries that contain no word, only digits and punctuation
 
     @classmethod
     def build(cls, ids: Ids, tokenizer: PreTrainedTokenizerBase, length: int) -> "Passages":
@@ -72,6 +72,6 @@ class Passages:
         import bm25s
 
         words = bm25s.tokenize(self.tokenizer.batch_decode(list(queries)), stopwords=None, show_progress=False, return_ids=False)
-        found, _ = self.index.retrieve([w or [self.fallback] for w in words], k=1, show_progress=False)
-        chosen: Ids = self.ids[found[:, 0]]
+        places, _ = self.index.retrieve([w or [self.fallback] for w in words], k=1, show_progress=False)
+        chosen: Ids = self.ids[places[:, 0]]
         return chosen

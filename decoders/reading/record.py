@@ -1,4 +1,4 @@
-"""What the JSON files of a package may say: checked to the last key before anything of it is used, each fault in one line."""
+"""Schemas of a package's JSON files: every key is checked before any is used, and each fault is reported in one line."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from memdec.decoders.reading.files import shown
 
 FORMAT = 1
 DEFAULT_LAMBDA = 0.6  # the paper's v1, table 7: best or near it for most models
-LARGEST = 1 << 31  # no dimension of a model, and no number of tokens a figure was measured on, is beyond
+LARGEST = 1 << 31  # above every dimension of a model and every number of measured tokens
 
 
 def is_lambda(value: object) -> bool:
@@ -21,7 +21,7 @@ def is_lambda(value: object) -> bool:
 
 
 def wants(test: Callable[[Any], bool], wanted: str) -> BeforeValidator:
-    """A check of a value as it stands in the file, with what the message says is wanted."""
+    """A validator that runs `test` on the value as parsed from JSON; `wanted` completes the error message."""
 
     def check(value: Any) -> Any:
         if not test(value):
@@ -52,13 +52,13 @@ Hash = Annotated[str, wants(lambda v: isinstance(v, str) and 0 < len(v) <= 64 an
 
 
 class Strict(BaseModel):
-    """No key but those there are, and no text where a number is wanted."""
+    """Base of the schemas: unknown keys are refused, and types are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
 class Figures(Strict):
-    """What was measured of a decoder beside one base."""
+    """Figures of a decoder measured beside one base."""
 
     name: Text | None = None
     lam: Lambda | None = Field(default=None, alias="lambda")
@@ -69,7 +69,7 @@ class Figures(Strict):
     window: Count | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The figures there are."""
+        """The figures that are set, by their JSON names."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -114,7 +114,7 @@ class Config(BaseModel):
 
 
 class KnnRecord(Strict):
-    """How a datastore is searched and mixed."""
+    """Tuned parameters of the kNN-LM."""
 
     neighbours: Count
     tau: Positive
@@ -123,7 +123,7 @@ class KnnRecord(Strict):
 
 
 class RagRecord(Strict):
-    """How passages are cut and fetched, in tokens."""
+    """Parameters of RAG, in tokens."""
 
     passage: Count = 128
     query: Count = 32
@@ -131,7 +131,7 @@ class RagRecord(Strict):
 
 
 class FileRecord(Strict):
-    """One file, as it was written."""
+    """Size and hash of one file."""
 
     bytes: Annotated[int, wants(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62, "a number of bytes")]
     sha256: Annotated[str, wants(lambda v: isinstance(v, str) and len(v) == 64 and v.isalnum(), "a SHA-256 of 64 digits")]
@@ -163,7 +163,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def checked(kind: type[Kind], value: dict[str, Any], name: object) -> Kind:
-    """A file's object as one of these. Raises PackageError that names the file, the first key that is wrong, its value, and what is wanted."""
+    """Validate a file's JSON object. Raises PackageError that names the file, the first wrong key, its value, and what is wanted."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -180,6 +180,6 @@ PARTS: dict[str, type[BaseModel]] = {"bases": Figures, "knn": KnnRecord, "rag": 
 
 
 def _keys(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """The keys that may stand where an unknown one stood."""
-    found = PARTS.get(str(place[0]), kind) if len(place) > 1 else kind
-    return [field.alias or name for name, field in found.model_fields.items()]
+    """The keys that are allowed at the place of an unknown one."""
+    model = PARTS.get(str(place[0]), kind) if len(place) > 1 else kind
+    return [field.alias or name for name, field in model.model_fields.items()]

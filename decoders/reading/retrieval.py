@@ -1,13 +1,14 @@
-"""The retrieval baselines as one folder to serve: a kNN-LM datastore of the base's own keys, tuned, and BM25 passages of the same text.
+"""A retrieval folder, for the modes `knn` and `rag`: a tuned kNN-LM datastore of the base's own keys, and BM25 passages of the same text.
 
-    retrieval.json    what it is, for which base, and every file's size and hash
+    retrieval.json    domain, base, tuned parameters, and every file's size and hash
     index.faiss       keys and index in one file, memory-mapped
     values.npy        the token after each key, [entries]
     passages.npy      the training text in passages, [passages, length]
-    bm25/             the index over their words
+    bm25/             the BM25 index over the passages
 
-The keys are the base's final normed hidden states, those of `memdec.decoders.datastore`, but of the base as it is: at inference
-they come with the base's own pass. (The datastore that a decoder imitates has the keys of a teacher tuned on the domain, a whole further model.)
+The keys are the base's final normed hidden states, those of `memdec.decoders.datastore`, but of the untuned base: at inference
+the base's forward pass gives the query for free. (The datastore that a decoder imitates has the keys of a teacher tuned on the domain, which
+would be a second model to run.)
 
 This module reads and checks the folder; `memdec.decoders.retrieval_build` makes it.
 """
@@ -32,7 +33,7 @@ NAME = "retrieval.json"
 FORMAT = 1
 KEY = "final hidden state of the base"
 INDEX, VALUES = "index.faiss", "values.npy"
-NEEDED = (INDEX, VALUES, TOKENS, f"{WORDS}/")  # what is read, and so must be among the files whose hashes are known
+NEEDED = (INDEX, VALUES, TOKENS, f"{WORDS}/")  # the files that are read; retrieval.json must list each with its hash
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class RetrievalPackage:
     files: dict[str, dict[str, Any]]
     """Every file's size and hash."""
     perplexity: dict[str, float]
-    """Of the base and of the kNN-LM on the validation text."""
+    """Validation perplexity of the base and of the kNN-LM."""
 
     def datastore(self) -> Datastore:
-        """The datastore, memory-mapped: it costs no memory of its own and is there at once. Its keys are in the index alone."""
+        """Open the datastore memory-mapped: at once, and without memory of its own. `keys` is empty, because the index holds the keys."""
         index = faiss.read_index(str(self.path / INDEX), faiss.IO_FLAG_MMAP_IFC)
         return Datastore(np.zeros((0, index.d), np.float16), np.load(self.path / VALUES, mmap_mode="r"), index)
 
@@ -69,32 +70,32 @@ class RetrievalPackage:
             raise PackageError(f"{path}: no such folder")
         if not (path / NAME).is_file():
             raise PackageError(f"{path}: no {NAME} in it; make one with memdec retrieval")
-        record = read_json(path / NAME)
-        if record.get("format") != FORMAT:
-            raise PackageError(f"{path / NAME}: format is {shown(record.get('format'))}, this version reads {FORMAT}")
-        if record.get("key") != KEY:
-            raise PackageError(f"{path}: its keys are {shown(record.get('key'))}, wanted {KEY!r}")
-        told = checked(RetrievalRecord, record, f"{path / NAME}: damaged")
-        knn, files = told.knn, {name: file.model_dump() for name, file in told.files.items()}
+        fields = read_json(path / NAME)
+        if fields.get("format") != FORMAT:
+            raise PackageError(f"{path / NAME}: format is {shown(fields.get('format'))}, this version reads {FORMAT}")
+        if fields.get("key") != KEY:
+            raise PackageError(f"{path}: its keys are {shown(fields.get('key'))}, wanted {KEY!r}")
+        record = checked(RetrievalRecord, fields, f"{path / NAME}: damaged")
+        knn, files = record.knn, {name: file.model_dump() for name, file in record.files.items()}
         if missing := [name for name in NEEDED if not any(f == name or (name[-1] == "/" and f.startswith(name)) for f in files)]:
             raise PackageError(f"{path / NAME}: damaged: files has no {missing[0]}, wanted the size and hash of whatever is read")
         return cls(
-            path, told.domain, told.entries, knn.neighbours, knn.tau, knn.lam, knn.probed, RagOptions(**told.rag.model_dump()), told.base,
-            files, told.perplexity,
+            path, record.domain, record.entries, knn.neighbours, knn.tau, knn.lam, knn.probed, RagOptions(**record.rag.model_dump()), record.base,
+            files, record.perplexity,
         )  # fmt: skip
 
     @classmethod
     def open(cls, path: Path, base: Path) -> "RetrievalPackage":
-        """Read a folder and check it for a base. Raises PackageError, one line, if it is damaged or another base's."""
-        found, own = cls.read(path), fingerprint_model(base)
-        if found.base != own:
+        """Read a folder and check all its files. Raises PackageError, one line, if it is damaged or was made for another base."""
+        package, own = cls.read(path), fingerprint_model(base)
+        if package.base != own:
             raise PackageError(
-                f"{path}: made for another base (fingerprint {found.base}; {base} has {own}); make one with memdec retrieval"
+                f"{path}: made for another base (fingerprint {package.base}; {base} has {own}); make one with memdec retrieval"
             )
         with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(lambda name: check_file(path / name, found.files[name]), found.files):
+            for _ in pool.map(lambda name: check_file(path / name, package.files[name]), package.files):
                 pass
-        return found
+        return package
 
     @property
     def size(self) -> int:
@@ -115,7 +116,7 @@ def describe(file: Path) -> dict[str, Any]:
 
 
 def check_file(file: Path, expected: dict[str, Any]) -> None:
-    """Raise PackageError unless a file is as `describe` found it: all its bytes are read, however large it is."""
+    """Raise PackageError unless a file has the size and hash that `describe` returned; reads the file to its end."""
     if not file.exists():
         raise PackageError(f"{file}: missing")
     with open_regular(file) as stream:

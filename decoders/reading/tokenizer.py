@@ -1,4 +1,4 @@
-"""The tokenizer that a base and its decoders share, and the check that they really do."""
+"""Load tokenizers, and check that a base and its decoders share one token -> id map."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from memdec.decoders.reading.files import read_bytes
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
-MOST = 128 << 20  # bytes of such files: the largest tokenizers there are take a quarter
-TRUST = "MEMDEC_TRUST_REMOTE_CODE"  # in the environment, so that child processes know: "1" if the user has asked to run code that comes with models
+MOST = 128 << 20  # bytes of the copied files, four times the largest known tokenizers
+TRUST = "MEMDEC_TRUST_REMOTE_CODE"  # environment variable, so that child processes inherit it; "1" after --trust-remote-code
 
 
 def trusted() -> bool:
-    """Whether code that comes with a model may be run. Transformers, if not told, asks whoever is at the terminal."""
+    """Whether code that comes with a model may run. Always passed to transformers, which would otherwise prompt on the terminal."""
     return os.environ.get(TRUST) == "1"
 
 
@@ -38,9 +38,9 @@ def load_tokenizer(folder: Path | str, name: Path | str | None = None) -> PreTra
 
 
 def load_copied(folder: Path, within: Sequence[Path] = ()) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that somebody else may be writing, from a copy of its files: transformers opens whatever lies there, and would wait for a pipe.
+    """Load a tokenizer from an untrusted folder, by way of a copy of its files: transformers opens whatever is there, and would block on a pipe.
 
-    `within`: folders of which one must hold each of the files, symbolic links followed; empty: anywhere. Raises PackageError.
+    `within`: every file, symbolic links resolved, must lie in one of these folders; if empty, anywhere. Raises PackageError.
     """
     left = MOST
     with tempfile.TemporaryDirectory(prefix="memdec-") as copy:

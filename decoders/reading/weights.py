@@ -1,6 +1,6 @@
-"""Safetensors files: their headers, checked; and all their bytes in one pass, for their hash and for values that aren't finite.
+"""Check safetensors files: their headers, and in one pass over all bytes their hashes and that every value is finite.
 
-Nothing is memory-mapped here: a file that is cut short while it is read is a short read, where a map would end the process (SIGBUS).
+Nothing is memory-mapped: a file that is truncated meanwhile gives a short read, where a map would kill the process (SIGBUS).
 """
 
 import hashlib
@@ -21,39 +21,39 @@ from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.files import MOST_JSON, open_regular, parse_json, read_bytes, read_json, reason, shown
 
 CONFIG, INDEX, PATTERN = "config.json", "model.safetensors.index.json", "*.safetensors"
-MOST_HEADER = 8 << 20  # bytes; a tensor takes some 120. Parsing more would hold up all other threads
+MOST_HEADER = 8 << 20  # bytes, at about 120 per tensor; parsing more would hold the GIL too long
 MOST_FILES = 1000
 PIECE = 16 << 20  # bytes read at once
-HASH_LENGTH = 32  # hexadecimal digits: too many for somebody who looks for two models of one hash
-THREADS = 4  # that hash files at the same time: more wait for each other at the disk
+HASH_LENGTH = 32  # hexadecimal digits, 128 bits: a deliberate collision would take 2**64 tries
+THREADS = 4  # files hashed at the same time; more would only wait for the disk
 NOT_FINITE = {"F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One weight, as its file's header tells of it."""
+    """One tensor's entry in a safetensors header."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
-    """Bytes after the header where it begins."""
+    """Offset of its first byte, counted from the end of the header."""
     end: int
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A folder's safetensors files. Raises PackageError if there is none, or no end of them."""
-    found = sorted(folder.glob(PATTERN))
-    if not found:
+    """A folder's safetensors files. Raises PackageError if there is none, or more than MOST_FILES."""
+    files = sorted(folder.glob(PATTERN))
+    if not files:
         raise PackageError(f"{folder}: no .safetensors file in it (only safetensors are loaded)")
-    if len(found) > MOST_FILES:
-        raise PackageError(f"{folder}: {len(found):,} .safetensors files, wanted at most {MOST_FILES:,}")
-    return found
+    if len(files) > MOST_FILES:
+        raise PackageError(f"{folder}: {len(files):,} .safetensors files, wanted at most {MOST_FILES:,}")
+    return files
 
 
 def check_weights(folder: Path, within: Sequence[Path] = (), most: int | None = None) -> None:
-    """Raise PackageError if safetensors files are missing, shorter or longer than their headers say, or more than `most` bytes in all."""
+    """Raise PackageError if safetensors files are missing, have another length than their headers say, or have more than `most` bytes in all."""
     files = weight_files(folder)
     if os.path.lexists(folder / INDEX):
         missing = sorted(indexed(folder / INDEX, within) - {f.name for f in files})
@@ -70,13 +70,13 @@ def check_weights(folder: Path, within: Sequence[Path] = (), most: int | None = 
 
 def indexed(index: Path, within: Sequence[Path] = ()) -> set[str]:
     """The files that a checkpoint's index names. Raises PackageError."""
-    found = read_json(index, within, MOST_HEADER).get("weight_map", {})
-    if not isinstance(found, dict):
-        raise PackageError(f"{index}: weight_map is {shown(found)}, wanted an object of weight names and file names")
-    for name, file in found.items():
+    weight_map = read_json(index, within, MOST_HEADER).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        raise PackageError(f"{index}: weight_map is {shown(weight_map)}, wanted an object of weight names and file names")
+    for name, file in weight_map.items():
         if not isinstance(file, str):
             raise PackageError(f"{index}: weight_map.{name} is {shown(file)}, wanted a file name")
-    return set(found.values())
+    return set(weight_map.values())
 
 
 def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
@@ -151,7 +151,7 @@ def pieces(stream: BufferedReader, tensor: Tensor, file: Path) -> Iterator[bytes
 
 @dataclass(frozen=True)
 class Scanned:
-    """What one pass over a folder's weights has found."""
+    """Hashes and size of a folder's weights."""
 
     digests: dict[str, str]
     """File name -> SHA-256 of all its bytes, as `sha256sum` prints it."""
@@ -202,9 +202,9 @@ def _require_finite(data: bytes, tensor: Tensor, file: Path, quantised: bool) ->
 
 
 def read_tensors(folder: Path, digests: dict[str, str]) -> Iterator[tuple[Tensor, bytearray]]:
-    """The tensors of the files that `scan` has found, with their bytes.
+    """Yield every tensor with its bytes, from the files whose SHA-256 `scan` returned.
 
-    Raises PackageError at the end of the first file whose bytes are not those that were scanned: what came before is to be thrown away then.
+    Raises PackageError at the end of the first file whose hash has changed; the caller must then discard all tensors it was given.
     """
     for name, expected in digests.items():
         with open_regular(folder / name) as stream:
@@ -223,18 +223,18 @@ def read_tensors(folder: Path, digests: dict[str, str]) -> Iterator[tuple[Tensor
 
 def revision_of(config: bytes, weights: dict[str, str]) -> str:
     """A model's revision: a hash of its config.json and of all bytes of its weights (file name -> SHA-256)."""
-    told = {CONFIG: hashlib.sha256(config).hexdigest(), **weights}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:HASH_LENGTH]
+    digests = {CONFIG: hashlib.sha256(config).hexdigest(), **weights}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:HASH_LENGTH]
 
 
 _known: dict[tuple[int, ...], str] = {}
-"""Hashes of the files that this process has read, by what changes with their bytes: one start, or one build, asks several times."""
+"""Cache of file hashes, by `_identity`: one server start, or one build, needs the same hash several times."""
 
 
 def fingerprint_model(folder: Path) -> str:
-    """The revision of a model folder, every byte of its weights read, files at the same time: about a second a gigabyte and core.
+    """The revision of a model folder; reads every byte of its weights, THREADS files at a time: about a second per gigabyte and core.
 
-    For models of one's own: a file's hash is remembered while its size, number and times stay.
+    Only for trusted folders: a file's hash is cached until its inode, size or times change.
     """
     config = read_bytes(folder / CONFIG, MOST_JSON) if os.path.lexists(folder / CONFIG) else b""
     files = sorted(folder.glob(PATTERN))
@@ -251,11 +251,11 @@ def _digest(file: Path) -> str:
 
 
 def _identity(stream: BufferedReader) -> tuple[int, ...]:
-    """What changes when a file's bytes do."""
-    found = os.fstat(stream.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    """Device, inode, size and times of an open file: some of them change whenever its bytes do."""
+    status = os.fstat(stream.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def file_digest(stream: BufferedReader) -> str:
-    """SHA-256 of a stream's bytes: of the hashes that withstand an attacker the fastest on processors of the last years."""
+    """SHA-256 of a stream's bytes; the fastest collision-resistant hash on processors with SHA instructions."""
     return hashlib.file_digest(stream, "sha256").hexdigest()

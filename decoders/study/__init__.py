@@ -1,1 +1,1 @@
-"""`memdec evaluate`: memory decoders against retrieval and fine-tuning, everybody tuned on the same validation split."""
+"""`memdec evaluate`: memory decoders against retrieval and fine-tuning, all tuned on the same validation split."""

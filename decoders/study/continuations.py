@@ -17,14 +17,14 @@ TOKENS, TEMPERATURE, SEED = 40, 0.8, 0
 def continuations(
     models: Models, tuned: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...]
 ) -> list[dict[str, str]]:
-    """A dict a prompt: the prompt and each method's continuation, all sampled with the same seed."""
-    found = []
+    """Continue every prompt with every method, all sampled with the same seed; a dict per prompt: the prompt, and a text by method."""
+    rows = []
     for prompt in prompts:
         row = {"prompt": prompt}
         for method, step in _methods(models, tuned).items():
             row[method] = sample(step, tokenizer, prompt)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 @torch.inference_mode()
@@ -43,16 +43,16 @@ def sample(step: Step, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def _methods(models: Models, tuned: dict[str, Any]) -> dict[str, Step]:
-    """Fresh caches for every method."""
+    """Every method's step function, with an empty KV cache."""
     base = load_model(models.base)
-    found = {"base": plain(base)}
+    steps = {"base": plain(base)}
     for method, store, keyed in itertools.islice(models.retrievers(), 1):  # one is enough to read
         best, encoder = tuned[method], None if keyed == models.base else load_model(keyed)
-        found[method] = retrieved(base, Datastore.open(store), best["neighbours"], best["tau"], best["lam"], encoder)
+        steps[method] = retrieved(base, Datastore.open(store), best["neighbours"], best["tau"], best["lam"], encoder)
     for method, folder in (("dapt", models.dapt), ("lora", models.lora)):
         if folder is not None:
-            found[method] = plain(load_model(folder))
+            steps[method] = plain(load_model(folder))
     for method, folder in (("control", models.control), ("decoder", models.decoder)):
         if folder is not None:
-            found[method] = mixed(base, load_model(folder), tuned[method]["lambda"])
-    return found
+            steps[method] = mixed(base, load_model(folder), tuned[method]["lambda"])
+    return steps

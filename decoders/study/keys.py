@@ -1,8 +1,8 @@
-"""Which hidden state is the better key? The input of the last block's MLP (the paper's code) against the final normed state (ours).
+"""Compare two datastore keys: the input of the last block's MLP (the paper's code) and the final normed hidden state (ours).
 
     python -m memdec.decoders.study.keys WORK      # a build's work folder: tokens and teacher
 
-Prints a line a choice and one JSON line. Exhaustive search; k, tau and lambda tuned on the validation windows, measured on the test windows.
+Prints a line per key and one JSON line. Exhaustive search; k, tau and lambda tuned on the validation windows, measured on the test windows.
 """
 
 import json
@@ -35,7 +35,7 @@ def final_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def mlp_input(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """What the last block's MLP reads, [windows, T, width]."""
+    """The input of the last block's MLP, [windows, T, width]."""
     seen: list[torch.Tensor] = []
     hook = model.base_model.layers[-1].mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     model.base_model(input_ids=tokens, use_cache=False)
@@ -54,14 +54,14 @@ def keys_at(model: PreTrainedModel, collect: Collect, ids: Ids, starts: list[int
 
 
 def compare(work: Path) -> dict[str, Any]:
-    """Test perplexity of the teacher with a kNN-LM on either key."""
+    """Measure the teacher's test perplexity with a kNN-LM on either key."""
     teacher, train = load_model(work / "teacher"), load_tokens(work / "tokens", "train")
     fresh = SPAN - OVERLAP
     starts = list(range(0, min(ENTRIES, len(train) - SPAN - 1), fresh))
     values = np.concatenate([train[s + OVERLAP + 1 : s + SPAN + 1] for s in starts])
     parts = {split: Heldout.open(work / "tokens", split, WINDOWS) for split in ("valid", "test")}
     base = {split: np.exp(label_logprobs(teacher, p.ids, split, p.starts)) for split, p in parts.items()}
-    found: dict[str, Any] = {"entries": len(values), "teacher": round(perplexity(np.log(base["test"])), 3)}
+    results: dict[str, Any] = {"entries": len(values), "teacher": round(perplexity(np.log(base["test"])), 3)}
     for name, collect in (("last MLP input", mlp_input), ("final hidden state", final_state)):
         keys = keys_at(teacher, collect, train, starts, fresh).astype(np.float16)
         store, near = Datastore(keys, values, with_exact_distances(None, keys)), {}
@@ -71,9 +71,9 @@ def compare(work: Path) -> dict[str, Any]:
         best = tune(*near["valid"], base["valid"], NEIGHBOURS)
         p = label_probability(*near["test"], best.neighbours, best.tau)
         test = perplexity(np.log(best.lam * p + (1 - best.lam) * base["test"]))
-        found[name] = {"k": best.neighbours, "tau": best.tau, "lambda": best.lam, "valid": best.perplexity, "test": round(test, 3)}
-        print(f"{name}: {found[name]}", flush=True)
-    return found
+        results[name] = {"k": best.neighbours, "tau": best.tau, "lambda": best.lam, "valid": best.perplexity, "test": round(test, 3)}
+        print(f"{name}: {results[name]}", flush=True)
+    return results
 
 
 if __name__ == "__main__":

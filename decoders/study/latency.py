@@ -1,6 +1,6 @@
-"""Milliseconds per token of every method, in one run, one request at a time, interleaved.
+"""Measure milliseconds per token of every method: one request at a time, methods interleaved, in one run.
 
-Not the server's speed (that is vLLM's), but all methods by the same means: what each adds to the base is what matters.
+All methods run on Hugging Face models, not in the server, so that what each adds to the base can be compared.
 """
 
 import time
@@ -18,7 +18,7 @@ PROMPT = 256
 
 @torch.inference_mode()
 def milliseconds(methods: dict[str, Callable[[], Step]], prompt: Ids, tokens: int) -> dict[str, float]:
-    """Median over ROUNDS of milliseconds per token for each method, greedy, every round in turn through all of them; the prompt's own pass counts."""
+    """Median over ROUNDS of each method's milliseconds per token, decoded greedily; every round runs all methods. Prefill is included."""
     start = torch.from_numpy(np.asarray(prompt[:PROMPT]).astype(np.int64))[None]
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(ROUNDS):

@@ -17,13 +17,13 @@ SCALE = 2  # alpha / rank
 
 
 def matched_rank(base: PreTrainedModel, parameters: int) -> int:
-    """The rank whose adapters have as near as can be to `parameters` weights."""
+    """The rank whose adapters have closest to `parameters` weights."""
     linears = [m for n, m in base.named_modules() if n.endswith(TARGETS) and isinstance(m, torch.nn.Linear)]
     return max(1, round(parameters / sum(m.in_features + m.out_features for m in linears)))
 
 
 def write_lora(out: Path, tokens: Path, base: Path, parameters: int, schedule: Schedule, manifest: Manifest) -> Path:
-    """Tune adapters of about `parameters` weights on the domain; a Hugging Face folder with them merged into the base."""
+    """Tune adapters of about `parameters` weights on the domain; write a Hugging Face folder with them merged into the base."""
     from peft import LoraConfig, get_peft_model
 
     with stage(out, manifest) as folder:

@@ -1,4 +1,4 @@
-"""A study's description: which corpora, bases and decoders are compared, and what everybody may spend. Read from TOML.
+"""A study's description, read from TOML: which corpora, bases and decoders are compared, and each method's budget.
 
 Paths are relative to the file's folder. An example is docs/study.toml.
 """
@@ -13,7 +13,7 @@ from memdec.decoders.corpus import STDLIB, Corpus
 from memdec.decoders.reading.errors import CorpusError, OptionError
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
 
-OPTIONAL = ("rag", "knn", "dapt", "lora")  # methods that a study can do without
+OPTIONAL = ("rag", "knn", "dapt", "lora")  # methods that may be left out
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Budget:
     test_windows: int = 160
     """Test windows, spread evenly over the documents."""
     general_windows: int = 24
-    """Test windows of the general corpus: forgetting."""
+    """Test windows of the general corpus, on which forgetting is measured."""
     rag_tuning_windows: int = 16
     """Validation windows on which retrieval is tuned."""
     latency_tokens: int = 32
-    """Tokens decoded a round when milliseconds per token are taken."""
+    """Tokens decoded per round when milliseconds per token are measured."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Base:
 
     path: Path = Path()
     dapt_tokens: int = 600_000
-    """Training tokens of the fully tuned base, DAPT; 0 leaves it out."""
+    """Training tokens of DAPT, the base with all weights tuned; 0 leaves it out."""
     lora_tokens: int = 600_000
     """Training tokens of the LoRA adapter; 0 leaves it out."""
     own_keys: bool = True
-    """Whether a datastore of its own keys is built too, beside the teacher's."""
+    """Whether a datastore of the base's own keys is built, besides the teacher's."""
     rag: bool = True
-    """Whether retrieval in front of the prompt is scored: the slowest of all."""
+    """Whether RAG, the slowest method, is scored."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Domain:
     """The build's work folder: tokens, teacher, datastore, student and decoder."""
     options: BuildOptions
     prompts: tuple[str, ...] = ()
-    """Beginnings that every method continues, for people to read."""
+    """Prompts that every method continues in the report."""
     bases: tuple[str, ...] = ()
-    """Labels of the bases it is measured beside; all if none is named."""
+    """Labels of the bases it is measured beside; empty: all."""
     without: tuple[str, ...] = ()
-    """Methods that are left out: the slow ones."""
+    """Methods of OPTIONAL that are left out."""
     decoder: Path | None = None
-    """A finished decoder. Nothing is built then, and what only a build leaves is left out: the control, and kNN-LM with the teacher's keys."""
+    """Folder of a finished decoder. Nothing is built then; the control, and kNN-LM with the teacher's keys, are left out."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Plan:
     general: str
     """Corpus on which forgetting is measured."""
     work: Path
-    """Where the baselines are kept."""
+    """Work folder of the baselines."""
 
     @classmethod
     def load(cls, file: Path) -> "Plan":
@@ -146,7 +146,7 @@ class Plan:
 
 
 def _corpus(here: Path, source: Any, where: str) -> str:
-    """A corpus value that can be opened; checked before anything is trained."""
+    """Resolve a corpus value and check that it can be opened, before anything is trained. Raises OptionError."""
     if not isinstance(source, str):
         raise OptionError(f"{where}: {source!r}: wanted a path")
     path = source if source == STDLIB else str(here / source)
@@ -165,7 +165,7 @@ def _table(file: Path, text: dict[str, Any], key: str, default: dict[str, Any] |
 
 
 def _fill(kind: Any, values: dict[str, Any], where: str) -> Any:
-    """A dataclass from a table; unknown keys and wrong types are errors that name them."""
+    """Make a dataclass from a table. Raises OptionError that names an unknown key or a value of the wrong type."""
     known = {f.name: f for f in fields(kind)}
     for key, value in values.items():
         if key not in known:

@@ -1,4 +1,4 @@
-"""The study's pictures: perplexity by method, and perplexity against bytes."""
+"""The study's plots: perplexity by method, and perplexity against bytes."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def write_plots(out: Path, results: dict[str, Any]) -> None:
 
 
 def _points(path: Path, rows: list[dict[str, Any]], base: str) -> None:
-    """Perplexity over the base's, one group of points a domain, on a log scale."""
+    """Perplexity divided by the base's, on a log scale; a group of points per domain."""
     from matplotlib import pyplot as plt
 
     methods = [m for m in METHODS if m != "base" and any(m in r["methods"] for r in rows)]
@@ -61,7 +61,7 @@ def _points(path: Path, rows: list[dict[str, Any]], base: str) -> None:
 
 
 def _compression(path: Path, rows: list[dict[str, Any]], sizes: dict[str, int]) -> None:
-    """Perplexity against the bytes beside the base: datastores cut down, and the decoder."""
+    """Perplexity against the bytes that are needed beside the base: datastores of several sizes, and the decoder."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.2), squeeze=False)
@@ -85,7 +85,7 @@ def _compression(path: Path, rows: list[dict[str, Any]], sizes: dict[str, int]) 
         axis.set_xlabel("MB beside the base")
     axes[0][0].set_ylabel("test perplexity")
     figure.legend(
-        *max((a.get_legend_handles_labels() for a in axes[0]), key=lambda found: len(found[1])),
+        *max((a.get_legend_handles_labels() for a in axes[0]), key=lambda legend: len(legend[1])),
         fontsize=8,
         ncols=4,
         loc="upper center",
@@ -97,7 +97,7 @@ def _compression(path: Path, rows: list[dict[str, Any]], sizes: dict[str, int]) 
 
 
 def _plain_numbers(axis: Any) -> None:
-    """0.2 instead of 2 × 10⁻¹."""
+    """Label a log axis with plain numbers: 0.2 instead of 2 × 10⁻¹."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))

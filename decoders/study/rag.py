@@ -1,6 +1,6 @@
-"""RagOptions in front of the prompt (RAG): BM25 over passages of the training text, fetched anew every `stride` tokens.
+"""Retrieval in front of the prompt (RAG): BM25 over passages of the training text, with a new passage every `stride` tokens.
 
-As In-Context RALM does it (arXiv 2302.00083), the baseline of the paper: the last `query` tokens before the stride are the query, the best passage
+This is In-Context RALM (arXiv 2302.00083), the paper's baseline: the last `query` tokens before the stride are the query, the best passage
 goes before the whole context, and the next `stride` tokens are scored.
 """
 
@@ -18,13 +18,13 @@ from memdec.decoders.reading.passages import Passages, RagOptions
 from memdec.decoders.train import fast_precision, progress
 
 BATCH = 16
-# One knob after the other, in this order, each at the best value of those before it.
+# Parameters are tuned one after the other, in this order.
 CHOICES: tuple[tuple[str, tuple[int, ...]], ...] = (("passage", (64, 128, 256)), ("query", (16, 32, 64)), ("stride", (64, 32)))
 
 
 @torch.inference_mode()
 def rag_logprobs(model: PreTrainedModel, passages: Passages, ids: Ids, starts: Sequence[int], how: RagOptions, what: str) -> Floats:
-    """Log p(token) of the tokens that `perplexity.score` scores, in its order, with a fresh passage before every stride."""
+    """Log p(token) of the tokens that `perplexity.score` scores, in its order, with a new passage for every stride."""
     device = next(model.parameters()).device
     precision = fast_precision(device)
     result = np.zeros((len(starts), SCORED))
@@ -34,9 +34,9 @@ def rag_logprobs(model: PreTrainedModel, passages: Passages, ids: Ids, starts: S
             end = WINDOW - SCORED + 1 + offset  # tokens of the window before the stride
             for group in range(0, len(starts), BATCH):
                 part = starts[group : group + BATCH]
-                found = passages.best([ids[s + end - how.query : s + end] for s in part])
+                fetched = passages.best([ids[s + end - how.query : s + end] for s in part])
                 rows = np.stack([ids[s : s + end + span] for s in part])
-                tokens = torch.from_numpy(np.concatenate([found, rows], 1).astype(np.int64)).to(device)
+                tokens = torch.from_numpy(np.concatenate([fetched, rows], 1).astype(np.int64)).to(device)
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                     logits = model(input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=span).logits.float()
                 logprobs = logits.log_softmax(-1).gather(-1, tokens[:, -span:, None]).squeeze(-1)
@@ -48,7 +48,7 @@ def rag_logprobs(model: PreTrainedModel, passages: Passages, ids: Ids, starts: S
 def tune_retrieval(
     model: PreTrainedModel, train: Ids, valid: Ids, starts: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[RagOptions, list[dict[str, Any]]]:
-    """The best passage length, query length and stride on validation windows, and everything that was tried."""
+    """Tune passage length, query length and stride on validation windows; returns the best, and the perplexity of every choice tried."""
     best, lowest = RagOptions(), float("inf")
     tried: list[dict[str, Any]] = []
     indexes: dict[int, Passages] = {}
@@ -59,8 +59,8 @@ def tune_retrieval(
                 continue
             if how.passage not in indexes:
                 indexes[how.passage] = Passages.build(train, tokenizer, how.passage)
-            found = perplexity(rag_logprobs(model, indexes[how.passage], valid, starts, how, f"rag {knob} {value}"))
-            tried.append({"how": how.to_dict(), "perplexity": round(found, 3)})
+            result = perplexity(rag_logprobs(model, indexes[how.passage], valid, starts, how, f"rag {knob} {value}"))
+            tried.append({"how": how.to_dict(), "perplexity": round(result, 3)})
         chosen = min(tried, key=lambda row: row["perplexity"])
         best, lowest = RagOptions(**chosen["how"]), chosen["perplexity"]
     return best, [*tried, {"best": best.to_dict(), "perplexity": lowest}]

@@ -1,4 +1,4 @@
-"""From scores to what people read: table.md, results.json, plots."""
+"""Write the report from the scores: table.md, results.json, plots."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ from memdec.decoders.study.scores import METHODS, weight_bytes
 
 RESAMPLED = 1000
 FREQUENT = 100  # function words: the most frequent tokens of the training text
-RARE = 0.1  # share of the scored tokens: those rarest in the training text, but in it
+RARE = 0.1  # share of the scored tokens that counts as the long tail: the rarest that occur in the training text
 NAMED = 10
 RETRIEVERS = ("knn", "knn_teacher", "decoder")
 
@@ -28,15 +28,15 @@ def write_report(out: Path, plan: Plan, pairs: list[tuple[str, str, Path]], time
     """Write everything into `out`. `pairs`: (domain, base, scores folder)."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(next(iter(plan.bases.values())).path)
-    found = [summary(domain, base, folder, timed[domain, base], tokenizer) for domain, base, folder in pairs]
+    rows = [summary(domain, base, folder, timed[domain, base], tokenizer) for domain, base, folder in pairs]
     sizes = {d.name: weight_bytes(d.decoder or d.work / "decoder") for d in plan.domains}
     results = {
         "hardware": f"{platform.processor() or platform.machine()}, threads {torch.get_num_threads()}, torch {torch.__version__}",
         "budget": asdict(plan.budget),
         "bases": {name: {"dapt_tokens": b.dapt_tokens, "lora_tokens": b.lora_tokens} for name, b in plan.bases.items()},
         "decoder_bytes": sizes,
-        "results": found,
-        "targets": targets(found, sizes),
+        "results": rows,
+        "targets": targets(rows, sizes),
     }
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_whole(out / "table.md", markdown(results))
@@ -89,7 +89,7 @@ def long_tail(rows: Any, labels: NDArray[np.int64], counts: NDArray[np.int64], t
     places = np.flatnonzero(seen > 0)
     rarest = places[np.argsort(seen[places], kind="stable")][: int(RARE * len(places))]
     gain = {m: rows[m][rarest] - rows["base"][rarest] for m in RETRIEVERS if m in rows}
-    # Every tenth of the gains' order, not the best ones: what a reader would meet.
+    # Examples are spread evenly over the order of gains, so that they are typical.
     order = rarest[np.argsort(gain["decoder"], kind="stable")]
     shown = order[np.linspace(0, len(order) - 1, NAMED + 2).astype(int)[1:-1]]
     named = [
@@ -109,7 +109,7 @@ def long_tail(rows: Any, labels: NDArray[np.int64], counts: NDArray[np.int64], t
 
 
 def coherence(rows: Any, labels: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[str, Any]:
-    """On the most frequent tokens: cross-entropy, and how often a method lowers the right token's probability below the base's."""
+    """On the most frequent tokens: cross-entropy, and how often a method gives the label a lower probability than the base does."""
     frequent = np.isin(labels, np.argsort(-counts, kind="stable")[:FREQUENT])
     kept = [m for m in ("base", *RETRIEVERS) if m in rows]
     return {
@@ -120,10 +120,10 @@ def coherence(rows: Any, labels: NDArray[np.int64], counts: NDArray[np.int64]) -
     }
 
 
-def targets(found: list[dict[str, Any]], sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """The issue's claims, each with how many domains meet it beside the first base."""
-    first = found[0]["base"]
-    rows = [r for r in found if r["base"] == first]
+def targets(summaries: list[dict[str, Any]], sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """Check the claims beside the first base: each claim with its value per domain, and how many domains meet it."""
+    first = summaries[0]["base"]
+    rows = [r for r in summaries if r["base"] == first]
 
     def ratios(other: str) -> dict[str, float]:
         measured = {r["domain"]: r["methods"] for r in rows if other in r["methods"]}
@@ -149,7 +149,7 @@ def _target(claim: str, values: dict[str, float], bound: float, wanted: int, lea
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The whole report."""
+    """The report as markdown."""
     lines = ["# Memory decoders against everything else", "", f"Hardware: {results['hardware']}. What the methods are, and what was tuned, is told in [README.md](README.md).", ""]  # fmt: skip
     names = list(dict.fromkeys(r["domain"] for r in results["results"]))
     lines += ["## Claims", "", "| claim | met in | wanted | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
@@ -195,5 +195,5 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that a markdown table can hold."""
+    """Escape a text for a cell of a markdown table."""
     return text.replace("|", "\\|").replace("\n", "⏎").replace("`", "'")

@@ -1,7 +1,7 @@
 """Log-probabilities of the same held-out tokens under every method, for one domain and one base.
 
-One artifact a pair: `scores.npz` (a row a method, [methods, tokens]), `general.npz` (the same on the general corpus) and `figures.json` (what was
-tuned, how it came out, bytes).
+One artifact per pair: `scores.npz` (an array [tokens] per method), `general.npz` (the same on the general corpus) and `figures.json` (tuned
+parameters, recall, bytes).
 """
 
 import json
@@ -38,14 +38,14 @@ METHODS = {
     "decoder": "memory decoder",
 }
 NEIGHBOURS = (16, 64, 256, 1024)
-PROBED = 64  # index cells: more than in training, for recall; measured in `recall`
-FRACTIONS = (1.0, 0.25, 0.0625, 0.015625)  # of the datastore: what fewer entries would buy
+PROBED = 64  # index cells visited per query: more than in training, for recall
+FRACTIONS = (1.0, 0.25, 0.0625, 0.015625)  # of the datastore's entries, for perplexity against size
 CHECKED = 256  # queries whose neighbours are compared with an exhaustive search
 
 
 @dataclass(frozen=True)
 class Models:
-    """The folders one row of the table is made from."""
+    """The models and datastores that one row of the table compares."""
 
     base: Path
     dapt: Path | None
@@ -54,23 +54,23 @@ class Models:
     decoder: Path
     control: Path | None
     store: Path | None
-    """The teacher's datastore. Teacher, control and this are what a finished decoder has lost."""
+    """The teacher's datastore. This, teacher and control are None for a finished decoder, whose build is gone."""
     own_store: Path | None
     """A datastore of the base's own keys, if there is one."""
     rag: bool = True
     """Whether RAG is scored."""
 
     def retrievers(self) -> Iterator[tuple[str, Path, Path]]:
-        """The kNN-LMs there are: method, datastore, and the model that its keys are from."""
+        """Yield the available kNN-LMs: method, datastore, and the model that computed its keys."""
         for method, store, keyed in (("knn_teacher", self.store, self.teacher), ("knn", self.own_store, self.base)):
             if store is not None and keyed is not None:
                 yield method, store, keyed
 
     def fingerprints(self) -> Manifest:
-        """For a manifest."""
+        """Fingerprints of all models, for a manifest."""
         names = ("base", "dapt", "lora", "teacher", "decoder", "control")
-        found = {name: getattr(self, name) for name in names}
-        return {name: path and fingerprint_model(path) for name, path in found.items()} | {
+        folders = {name: getattr(self, name) for name in names}
+        return {name: path and fingerprint_model(path) for name, path in folders.items()} | {
             "own_keys": self.own_store is not None,
             "rag": self.rag,
         }
@@ -78,7 +78,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Heldout:
-    """Windows of one split."""
+    """Scored windows of one held-out split."""
 
     ids: Ids
     starts: list[int]
@@ -86,8 +86,8 @@ class Heldout:
     @property
     def labels(self) -> NDArray[np.int64]:
         """The scored tokens, [n]."""
-        found: NDArray[np.int64] = np.asarray(self.ids)[scored(self.starts)].astype(np.int64)
-        return found
+        labels: NDArray[np.int64] = np.asarray(self.ids)[scored(self.starts)].astype(np.int64)
+        return labels
 
     @classmethod
     def open(cls, tokens: Path, split: str, most: int) -> "Heldout":
@@ -103,7 +103,7 @@ def grids() -> Manifest:
 
 
 def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget: Budget, manifest: Manifest) -> Path:
-    """Tune every method on valid, score test and general with it."""
+    """Tune every method on the validation split; score the test split and the general corpus with it."""
     with stage(out, manifest) as folder:
         if folder is None:
             return out
@@ -159,21 +159,21 @@ def _score_knn(
     rows: dict[str, dict[str, Floats]],
     figures: dict[str, Any],
 ) -> None:
-    """kNN-LM beside the base, its queries embedded by the model at `keyed`; the base itself is scored along the way."""
+    """Score the kNN-LM beside the base, its queries embedded by the model at `keyed`; also scores the base, if that is not done yet."""
     model, most = load_model(keyed), min(max(NEIGHBOURS), len(store.keys))
-    found: dict[str, tuple[Any, Any, Any]] = {}
+    neighbours: dict[str, tuple[Any, Any, Any]] = {}
     for name, part in splits.items():
         logprobs, queries = score(model, part.ids, f"{method} {name}", part.starts, keys=True)
         if "base" not in rows[name]:
             own = keyed == models.base
             rows[name]["base"] = logprobs if own else label_logprobs(load_model(models.base), part.ids, f"base {name}", part.starts)
         distances, numbers = store.search(queries, most, PROBED)
-        found[name] = distances, numbers, store.values[numbers] == part.labels[:, None]
+        neighbours[name] = distances, numbers, store.values[numbers] == part.labels[:, None]
         if name == "test":
             figures["recall"][method] = _recall(store, queries[:CHECKED], numbers[:CHECKED])
     base = {name: np.exp(rows[name]["base"]) for name in splits}
-    best = tune(found["valid"][0], found["valid"][2], base["valid"], NEIGHBOURS)
-    for name, (distances, _, hits) in found.items():
+    best = tune(neighbours["valid"][0], neighbours["valid"][2], base["valid"], NEIGHBOURS)
+    for name, (distances, _, hits) in neighbours.items():
         rows[name][method] = best.logprobs(distances, hits, base[name])
     figures["tuned"][method] = {k: v for k, v in best.to_dict().items() if k != "tried"}
     per_entry = 2 * store.keys.shape[1] + store.values.dtype.itemsize + store.keys.shape[1] / 16 + 8
@@ -182,25 +182,25 @@ def _score_knn(
     figures["store"][method] = {
         "entries": len(store.keys),
         "bytes": int(len(store.keys) * per_entry),
-        "smaller": list(_smaller_stores(found, base, len(store.keys), per_entry)),
+        "smaller": list(_smaller_stores(neighbours, base, len(store.keys), per_entry)),
     }
 
 
-def _smaller_stores(found: dict[str, Any], base: dict[str, Floats], entries: int, per_entry: float) -> Iterator[dict[str, float]]:
-    """Perplexity with a random part of the datastore: neighbours in it are those of the whole that are in it."""
+def _smaller_stores(neighbours: dict[str, Any], base: dict[str, Floats], entries: int, per_entry: float) -> Iterator[dict[str, float]]:
+    """Perplexity with random parts of the datastore. A part's neighbours are the full datastore's neighbours that lie in it."""
     for fraction in FRACTIONS:
         kept = np.random.default_rng(0).random(entries) < fraction
-        parts = {name: np.where(kept[numbers], distances, np.float32(3e38)) for name, (distances, numbers, _) in found.items()}
+        parts = {name: np.where(kept[numbers], distances, np.float32(3e38)) for name, (distances, numbers, _) in neighbours.items()}
         order = {name: np.argsort(parts[name], 1, kind="stable") for name in ("valid", "test")}
         near = {name: np.take_along_axis(parts[name], order[name], 1) for name in order}
-        hits = {name: np.take_along_axis(found[name][2], order[name], 1) for name in order}
+        hits = {name: np.take_along_axis(neighbours[name][2], order[name], 1) for name in order}
         best = tune(near["valid"], hits["valid"], base["valid"], NEIGHBOURS)
         result = perplexity(best.logprobs(near["test"], hits["test"], base["test"]))
         yield {"entries": int(kept.sum()), "bytes": int(kept.sum() * per_entry), "perplexity": round(result, 3)}
 
 
 def _recall(store: Datastore, queries: NDArray[np.float32], numbers: NDArray[np.int64], nearest: int = 64) -> float:
-    """Share of the true nearest neighbours, found exhaustively, that the index found."""
+    """Share of the true nearest neighbours (by exhaustive search) that the index returned."""
     distances = np.zeros((len(queries), len(store.keys)), np.float32)
     for start in range(0, len(store.keys), 65_536):
         keys = np.asarray(store.keys[start : start + 65_536], np.float32)
@@ -220,7 +220,7 @@ def _score_rag(
     rows: dict[str, dict[str, Floats]],
     figures: dict[str, Any],
 ) -> None:
-    """RAG, tuned on some validation windows."""
+    """Tune RAG on some of the validation windows, then score it."""
     base, tokenizer, train = load_model(models.base), load_tokenizer(models.base), load_tokens(tokens, "train")
     few = [valid.starts[i] for i in np.linspace(0, len(valid.starts) - 1, min(budget.rag_tuning_windows, len(valid.starts))).astype(int)]
     how, tried = tune_retrieval(base, train, valid.ids, few, tokenizer)
@@ -232,7 +232,7 @@ def _score_rag(
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a model's weights at two bytes a parameter, however its file holds them."""
+    """Bytes of a model's weights at two bytes per parameter, whatever dtype its files have."""
     headers = [safetensors_header(f)[1] for f in folder.glob("*.safetensors")]
     shapes = [entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"]
     return 2 * sum(int(np.prod(shape)) for shape in shapes)

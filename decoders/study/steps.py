@@ -1,4 +1,4 @@
-"""Every method as a step: the tokens to append [1, n] -> the probabilities of the next one [V]; Hugging Face models with a KV cache."""
+"""Every method as a step function, from tokens to append [1, n] to next-token probabilities [V]; Hugging Face models with a KV cache."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Stepper:
-    """One model with its KV cache: gives the logits and the final hidden state of the last position."""
+    """One model with its KV cache; returns probabilities and the final hidden state of the last position."""
 
     def __init__(self, model: PreTrainedModel, keys: bool = False) -> None:
         self.model, self.keys = model, keys
@@ -48,7 +48,7 @@ def mixed(base: PreTrainedModel, memory: PreTrainedModel, lam: float) -> Step:
 def retrieved(
     base: PreTrainedModel, store: Datastore, neighbours: int, tau: float, lam: float, encoder: PreTrainedModel | None = None
 ) -> Step:
-    """kNN-LM: one search a token, with the base's own key or another model's."""
+    """kNN-LM: one search per token, with the base's own hidden state, or that of `encoder`, as query."""
     ours = Stepper(base, keys=encoder is None)
     theirs = Stepper(encoder, keys=True) if encoder is not None else None
 
@@ -65,7 +65,7 @@ def retrieved(
 
 
 def rag(base: PreTrainedModel, passages: Passages, how: RagOptions) -> Step:
-    """A new passage, and so a new pass over passage and context, every `stride` tokens."""
+    """RAG: fetches a new passage every `stride` tokens, and then prefills passage and context anew."""
     text, done = torch.zeros(1, 0, dtype=torch.int64), 0
     stepper = Stepper(base)
 
@@ -73,8 +73,8 @@ def rag(base: PreTrainedModel, passages: Passages, how: RagOptions) -> Step:
         nonlocal text, done, stepper
         text = torch.cat([text, fed], 1)
         if done % how.stride == 0:
-            found = passages.best([text[0, -how.query :].numpy().astype(np.uint16)])
-            stepper, fed = Stepper(base), torch.cat([torch.from_numpy(found.astype(np.int64)), text], 1)
+            passage = passages.best([text[0, -how.query :].numpy().astype(np.uint16)])
+            stepper, fed = Stepper(base), torch.cat([torch.from_numpy(passage.astype(np.int64)), text], 1)
         done += 1
         return stepper.feed(fed)[0]
 

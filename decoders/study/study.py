@@ -1,4 +1,4 @@
-"""Carry a study out: train what is missing, score everything, write the table. Every part is kept while its inputs stay the same."""
+"""Run a study: train missing models, score every method, write the report. Artifacts whose inputs have not changed are kept."""
 
 import json
 from collections.abc import Callable
@@ -36,12 +36,12 @@ from memdec.decoders.train import Schedule
 
 @dataclass(frozen=True)
 class Study:
-    """A plan being carried out."""
+    """Runs a plan."""
 
     plan: Plan
 
     def run(self, out: Path, server: str | None = None) -> None:
-        """Everything, into `out`: table.md, results.json and plots."""
+        """Run the study and write table.md, results.json and plots into `out`. `server`: URL of a server to compare with."""
         general = self._general()
         pairs, timed = [], {}
         for domain in self.plan.domains:
@@ -61,7 +61,7 @@ class Study:
 
     @property
     def _first(self) -> Path:
-        """The base that the decoders were built for."""
+        """Folder of the base that the decoders were built for."""
         return next(iter(self.plan.bases.values())).path
 
     def _build(self, domain: Domain) -> Build:
@@ -73,7 +73,7 @@ class Study:
         return write_tokens(self.plan.work / "general" / "tokens", Cleaned(corpus, frozenset()), tokenizer, inputs)
 
     def _models(self, build: Build, label: str, domain: Domain) -> Models:
-        """The models of one row, trained where they are missing."""
+        """The models of one domain and base; trains those that are missing."""
         work, budget, without = build.work, self.plan.bases[label], domain.without
         base, tokens = budget.path, work / "tokens"
         teacher, store, control = (None, None, None) if domain.decoder else (work / "teacher", work / "datastore", build.control(tokens))
@@ -85,7 +85,7 @@ class Study:
         if budget.dapt_tokens and "dapt" not in without:
             tuning = replace(build.options.teacher_schedule(), tokens=budget.dapt_tokens)
             if teacher is not None and base == self._first and tuning == build.options.teacher_schedule():
-                dapt = teacher  # the build's teacher is this very thing
+                dapt = teacher  # the build's teacher is this model
             else:
                 dapt = write_tuned(work / f"dapt-{label}", tokens, base, tuning, source | {"schedule": tuning.to_dict()})
         if budget.lora_tokens and "lora" not in without:
@@ -102,20 +102,20 @@ class Study:
     def _scores(self, build: Build, label: str, models: Models, general: Path) -> Path:
         inputs = {**models.fingerprints(), "budget": asdict(self.plan.budget), "general": read_manifest(general)["inputs"]}
         inputs["tokens"] = read_manifest(build.work / "tokens")["inputs"]
-        # A build's licence and the like change no score; what is made from the text does.
+        # Only the datastores' own inputs count: build options like the licence change no score.
         inputs["made"] = {name: read_manifest(store)["inputs"] for name, store, _ in models.retrievers()}
         inputs["grids"] = grids()
         return write_scores(build.work / f"scores-{label}", build.work / "tokens", general, models, self.plan.budget, inputs)
 
     def _latency(self, build: Build, label: str, models: Models, scores: Path) -> dict[str, float]:
-        """Milliseconds per token by method; measured once."""
+        """Milliseconds per token by method; kept as an artifact."""
         inputs = {"scores": fingerprint(read_manifest(scores)["inputs"]), "tokens": self.plan.budget.latency_tokens}
         out = build.work / f"latency-{label}"
         with stage(out, inputs) as folder:
             if folder is not None:
                 tuned = json.loads((scores / "figures.json").read_text())["tuned"]
-                found = self._milliseconds(build, models, tuned)
-                (folder / "milliseconds.json").write_text(json.dumps(found, indent=1) + "\n")
+                milliseconds = self._milliseconds(build, models, tuned)
+                (folder / "milliseconds.json").write_text(json.dumps(milliseconds, indent=1) + "\n")
         result: dict[str, float] = json.loads((out / "milliseconds.json").read_text())
         return result
 
@@ -132,20 +132,20 @@ class Study:
         for name, store, keyed in models.retrievers():
             best, encoder = tuned[name], None if keyed == models.base else load_model(keyed)
             methods[name] = partial(retrieved, base, Datastore.open(store), best["neighbours"], best["tau"], best["lam"], encoder)
-        found = latency.milliseconds(methods, test, self.plan.budget.latency_tokens)
-        return {**found, "control": found["decoder"], "dapt": found["base"], "lora": found["base"]}
+        milliseconds = latency.milliseconds(methods, test, self.plan.budget.latency_tokens)
+        return {**milliseconds, "control": milliseconds["decoder"], "dapt": milliseconds["base"], "lora": milliseconds["base"]}
 
     def _continue(self, build: Build, label: str, prompts: tuple[str, ...], models: Models, scores: Path) -> None:
-        """Sampled continuations."""
+        """Sample continuations of the prompts; kept as an artifact."""
         inputs = {"scores": fingerprint(read_manifest(scores)["inputs"]), "prompts": prompts}
         with stage(build.work / f"continuations-{label}", inputs) as folder:
             if folder is not None:
                 tuned = json.loads((scores / "figures.json").read_text())["tuned"]
-                found = continuations(models, tuned, load_tokenizer(models.base), prompts)
-                write_whole(folder / "continuations.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+                texts = continuations(models, tuned, load_tokenizer(models.base), prompts)
+                write_whole(folder / "continuations.json", json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
 
     def _through_server(self, server: str, build: Build, models: Models, scores: Path) -> None:
-        """Compare base and mixture with what a running server says of the same tokens; kept in the scores' folder."""
+        """Compare offline perplexities of base and mixture with a running server's; writes served.json into the scores' folder."""
         part = Heldout.open(build.work / "tokens", "test", self.plan.budget.test_windows)
         lam = json.loads((scores / "figures.json").read_text())["tuned"]["decoder"]["lambda"]
         served = served_logprobs(server, part, models.base, build.domain, lam)

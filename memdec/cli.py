@@ -39,8 +39,8 @@ def _run(words: list[str]) -> int:
 
     from memdec.decoders import parallel
 
-    logging.disable_progress_bar()  # its bars for a second's loading hide our own
-    logging.set_verbosity_error()  # what it warns of is an error of ours
+    logging.disable_progress_bar()  # transformers' progress bars hide our own
+    logging.set_verbosity_error()  # memdec raises errors for what transformers warns of
     parallel.join()
     try:
         command = {"pretrain": _pretrain, "retrieval": _retrieval, "verify": _verify, "evaluate": _evaluate}.get(args.command, _build)

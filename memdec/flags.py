@@ -64,16 +64,16 @@ def read(options: type[Options], parsed: Namespace) -> Options:
 
 def words(options: Dataclass) -> list[str]:
     """The command line that says the same, defaults left out; paths are absolute."""
-    found: list[str] = []
+    line: list[str] = []
     for f in fields(options):
         value = getattr(options, f.name)
         if value == f.default:
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            found.append(spelling(f.name))
+            line.append(spelling(f.name))
             if one is not True:
-                found.append(str(one.absolute() if isinstance(one, Path) else one))
-    return found
+                line.append(str(one.absolute() if isinstance(one, Path) else one))
+    return line
 
 
 def _within(value: float, least: float | None, most: float | None) -> bool:

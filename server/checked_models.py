@@ -53,7 +53,7 @@ class Models:
 def check_models(base: str, decoders: Iterable[str], served_name: str | None = None, hub: Mapping[str, Any] | None = None) -> Models:
     """Resolve MODEL and the `--decoder NAME=PATH` values. Raises StartupError with one line that names what is wrong.
 
-    `hub`: what `snapshot_download` is told besides, where a model is the id of one on the hub; a revision is the base's alone.
+    `hub`: further arguments of `snapshot_download` for models given as hub ids; its revision applies to the base alone.
     """
     try:
         return _check(base, [parse_named("--decoder", d) for d in decoders], served_name, hub or {})
@@ -64,13 +64,13 @@ def check_models(base: str, decoders: Iterable[str], served_name: str | None = N
 def with_datastores(models: Models, values: Iterable[str], skip_broken: bool) -> Models:
     """The same with the `--datastore NAME=PATH` values checked and joined to their domains.
 
-    Raises StartupError naming what is wrong; with `skip_broken`, a datastore that can't be used is told of and left out.
+    Raises StartupError naming what is wrong; with `skip_broken`, a datastore that can't be used is left out with a warning.
     """
-    found: dict[str, Datastore] = {}
+    datastores: dict[str, Datastore] = {}
     for name, path in (parse_named("--datastore", value) for value in values):
         if name not in models.domains.names:
             raise StartupError(f"--datastore {name}={path}: no --decoder is called {name!r}")
-        if name in found:
+        if name in datastores:
             raise StartupError(f"--datastore: the name {name!r} is given twice")
         try:
             package = RetrievalPackage.open(Path(path).resolve(), models.base)
@@ -79,8 +79,8 @@ def with_datastores(models: Models, values: Iterable[str], skip_broken: bool) ->
                 raise StartupError(f"--datastore {name}: {error} (--skip-broken-datastores serves without it)") from None
             print(f"memdec: warning: --datastore {name}: {error}; serving without it", file=sys.stderr, flush=True)
             continue
-        found[name] = Datastore(str(package.path), package.lam, package.entries, package.size, package.revision)
-    domains = tuple(replace(d, datastore=found.get(d.name)) for d in models.domains)
+        datastores[name] = Datastore(str(package.path), package.lam, package.entries, package.size, package.revision)
+    domains = tuple(replace(d, datastore=datastores.get(d.name)) for d in models.domains)
     return replace(models, domains=replace(models.domains, all=domains))
 
 
@@ -110,8 +110,8 @@ def open_decoder(
 ) -> Package:
     """A decoder's folder, with everything checked that can be without the other decoders. Raises StartupError or DecoderError.
 
-    `base` says the base's revision, `tokenizer` is the base's. `within`: folders of which one must hold each of the files; empty: anywhere.
-    `most`: bytes that its weights may have.
+    `base` says the base's revision, `tokenizer` is the base's. `within`: each file must lie in one of these folders; empty: anywhere.
+    `most`: largest size of its weights, in bytes.
     """
     package = Package.read(path, within, most).beside(base)
     require_room(package, tokenizer, name)

@@ -1,4 +1,4 @@
-"""What a request chose, as it travels through vLLM: entries of SamplingParams.extra_args."""
+"""A request's domain, mode and lambda as entries of SamplingParams.extra_args, which carry them through vLLM."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ MODE, DOMAIN, LAMBDA, STRIDE, OPEN = "memory", "domain", "lambda", "rag_stride",
 SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a later one; set by the engine
 SLOT = "memory_slot"  # where the domain's decoder was when the request reached the engine; set by the engine
 MAX_SLOT = (1 << 16) - 1  # the largest number of a slot: it travels as two bytes
-CLIENT = "memory_client"  # whose share of the engine the request has; set by the engine
+CLIENT = "memory_client"  # the client in whose fair share the scheduler runs the request; set by the engine client
 SCORED = "prompt_scored"  # of a request for its prompt alone; set by the front end
 RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT, SLOT, CLIENT, SCORED)
 
@@ -51,5 +51,5 @@ class MemoryChoice:
 
     @property
     def label(self) -> tuple[str, str]:
-        """Mode and domain in the metrics: what was done, which for lambda 0 is nothing."""
+        """(mode, domain) label of the metrics; lambda 0 counts as mode `none`."""
         return (self.mode if self.mixed or self.mode == RAG else NONE), self.domain

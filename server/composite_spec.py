@@ -1,4 +1,4 @@
-"""What the front end tells the engine process about the models it serves.
+"""The spec of the composite model, which the front end sends to the engine process.
 
 It travels in vLLM's `hf_overrides`, which adds entries to the base's config: written here, and read here by every process.
 """
@@ -21,7 +21,7 @@ class DecoderEntry:
     """Its domain."""
     path: str
     revision: str
-    """What the prefix cache tells revisions of a domain apart by."""
+    """Part of the prefix-cache salt: tells revisions of a domain apart."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DatastoreEntry:
 
 @dataclass(frozen=True)
 class Served:
-    """What only front ends read, for those that vLLM's own launcher starts: they see no command line of ours."""
+    """Settings for front ends that vLLM's own launcher starts, which don't see memdec's command line; workers ignore it."""
 
     base: str
     """The name the base is served under."""

@@ -11,14 +11,14 @@ class MemdecError(Exception):
     type = "InternalServerError"
     param: str | None = None
     headers: dict[str, str] | None = None
-    """What the answer's head says besides."""
+    """Further response headers."""
 
     def to_body(self) -> dict[str, Any]:
         """The error as OpenAI's JSON object."""
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.status}}
 
     def to_json(self) -> str:
-        """The same as text, for where no web framework is."""
+        """The same as JSON text, for code without a web framework."""
         return json.dumps(self.to_body())
 
 
@@ -70,7 +70,7 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """The API key is right, but not for this."""
+    """The API key is valid, but not allowed to do this."""
 
     status, type = 403, "PermissionDeniedError"
 

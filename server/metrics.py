@@ -15,7 +15,7 @@ Label = tuple[str, str]  # mode and domain
 
 BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
 LABELS = ("mode", "domain")
-NO_LABEL = (NONE, NONE)  # mode and domain of requests that named no domain
+NO_LABEL = (NONE, NONE)  # (mode, domain) label of requests without a domain
 
 TIME_TO_FIRST_TOKEN = Histogram("memdec_time_to_first_token_seconds", "Arrival to first token.", LABELS, buckets=BUCKETS)
 INTER_TOKEN_LATENCY = Histogram(

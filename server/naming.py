@@ -22,7 +22,7 @@ def packages_in(folders: Iterable[Path | str]) -> list[str]:
 
     Folders without `memory_decoder.json`, such as a base model's, and hidden ones are none.
     """
-    found = []
+    packages = []
     for folder in folders:
         if not Path(folder).is_dir():
             raise StartupError(f"--decoder-dir {folder}: no such folder")
@@ -32,8 +32,8 @@ def packages_in(folders: Iterable[Path | str]) -> list[str]:
         for path in here:
             if not DOMAIN.fullmatch(path.name):
                 raise StartupError(f"--decoder-dir {folder}: the name {path.name!r} must be {DOMAIN_RULE}")
-        found += [f"{path.name}={path.resolve()}" for path in here]
-    return found
+        packages += [f"{path.name}={path.resolve()}" for path in here]
+    return packages
 
 
 def require_folder(model: str) -> None:

@@ -37,7 +37,7 @@ def absent(tokenizer_info: bool = False) -> APIRouter:
 
 
 def refusals(paths: Mapping[str, str]) -> APIRouter:
-    """Routes that tell what is not here, whatever is sent."""
+    """A router that answers 404 on these paths, whatever the method or body."""
     router = APIRouter()
     for path, instead in paths.items():
         router.add_api_route(path, _refusal(path, instead), methods=["GET", "POST"], include_in_schema=False)

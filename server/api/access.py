@@ -8,7 +8,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memdec.server.api.keys import Key, find
-from memdec.server.api.routed import Found, route_of
+from memdec.server.api.routed import MatchedRoute, route_of
 from memdec.server.errors import AdminKeyNeeded, Forbidden, RequestError, Unauthorized
 
 
@@ -26,7 +26,7 @@ NEEDS = {
     "GET /health": Need.NOTHING,  # probes have no key
     "GET /live": Need.NOTHING,
     "GET /version": Need.KEY,
-    "GET /metrics": Need.KEY_OF_ALL,  # these three tell of all domains, or of the inside of the engine
+    "GET /metrics": Need.KEY_OF_ALL,  # these three show all domains, or the engine's internals
     "GET /load": Need.KEY_OF_ALL,
     "GET /kv_event_sources": Need.KEY_OF_ALL,
     "GET /openapi.json": Need.KEY,
@@ -50,8 +50,8 @@ NEEDS = {
 }
 
 
-def need_of(method: str, route: Found) -> Need:
-    """What a request needs; one that no route takes needs a key before it hears so."""
+def need_of(method: str, route: MatchedRoute) -> Need:
+    """What a request needs. One that matches no route needs a key too, before it is answered 404."""
     return NEEDS.get(f"{method} {route.path}", Need.KEY) if route.takes else Need.KEY
 
 
@@ -87,17 +87,17 @@ class Access:
         sent = [value for name, value in scope["headers"] if name == b"authorization"]
         token = sent[0] if len(sent) == 1 else b""  # of two, another server on the way may have checked the other
         if need is Need.ADMIN:
-            return None if self.admin is not None and find([self.admin], token) else AdminKeyNeeded(_told("admin"))
+            return None if self.admin is not None and find([self.admin], token) else AdminKeyNeeded(_message("admin"))
         if need is Need.NOTHING or not self.keys:
             return None
         key = find(self.keys, token)
         if key is None:
-            return Unauthorized(_told("API"))
+            return Unauthorized(_message("API"))
         if need is Need.KEY_OF_ALL and key.domains is not None:
             return Forbidden("This API key is for some domains, and this page tells of all.")
         scope.setdefault("state", {})["key"] = key
         return None
 
 
-def _told(kind: str) -> str:
+def _message(kind: str) -> str:
     return f"The {kind} key is missing or wrong. Send it as 'Authorization: Bearer KEY'."

@@ -75,7 +75,7 @@ def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
     app.add_middleware(RetryLater)
     app.add_middleware(RequestId)
     app.add_middleware(AnswerCount)
-    app.add_middleware(  # outside of all that refuses: preflights end here, and a page on an allowed origin can read why it was refused
+    app.add_middleware(  # outermost of the refusing layers: it answers preflights, and lets pages of allowed origins read refusals
         CORSMiddleware, allow_origins=web.origins, allow_credentials=web.credentials, allow_methods=web.methods,
         allow_headers=web.headers, expose_headers=openapi.EXPOSED if web.origins else (),
     )  # fmt: skip
@@ -85,7 +85,7 @@ def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
 
 
 def inform(state: Any, settings: Settings, loaded: LoadedDomains, updates: DomainUpdates | None = None) -> None:
-    """Tell the app's state, in which vLLM's serving objects are by now, what there is to serve and within which limits.
+    """Add domains, limits and updates to the app's state, and adjust the serving objects that vLLM has put there.
 
     `loaded` is the engine client's; `updates` is there where domains may change.
     """
@@ -129,7 +129,7 @@ async def http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    """What nothing else takes, a 500. It is answered outside of all layers, so its id, by which the log is searched, is added here."""
+    """An unexpected error as a 500. It is answered outside of all layers, so X-Request-Id is added here."""
     answer: JSONResponse = await vllm_api.exception_handler(request, error)
     answer.headers["X-Request-Id"] = getattr(request.state, "request_id", "none")
     return answer

@@ -1,4 +1,4 @@
-"""Request bodies before vLLM sees them: what its validators and its engine would fail on is the client's error, and said so."""
+"""Checks of request bodies before vLLM sees them: what its validators or engine would fail on becomes a client error that says why."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ class ResponseRequest(ResponsesRequest):
 
 
 def _validated(body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
-    """vLLM's own validators come before the check of types, and fail in many ways where a field has another than they expect."""
+    """Make a client error of what vLLM's validators raise: they run before pydantic's type checks, and fail in many ways on an unexpected type."""
     try:
         return validate(body)
     except WRONG_TYPES as error:
@@ -69,7 +69,7 @@ def _validated(body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
 
 
 async def require_sound(raw_request: Request) -> None:
-    """Raise RequestError for bodies that say what nobody could act on, for such headers, and for schemas that count too far."""
+    """Raise RequestError for contradictory or malformed JSON and headers, and for schemas that are too large to compile."""
     require_plain(await raw_request.body())
     engine, key, client = raw_request.app.state.engine_client, getattr(raw_request.state, "key", None), raw_request.client
     asking.set(key.name if key is not None else client.host if client is not None else "")

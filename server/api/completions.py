@@ -33,7 +33,7 @@ from memdec.server.routing.selection import Selection, select
 router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require_sound)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 FAILED = 500
-CLIENT_LEFT = 499  # nobody sees it but the metrics
+CLIENT_LEFT = 499  # recorded in the metrics alone
 BEFORE_ENGINE = ("event: response.created", "event: response.in_progress")  # what streams of /v1/responses begin with, asked or not
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
@@ -51,7 +51,7 @@ async def chat_completions(request: ChatCompletion, raw_request: Request) -> Res
 
 
 async def answer(handler: Any, request: Any, raw_request: Request) -> Response:
-    """Everything is validated before the answer starts: later an error would be HTTP 200 and an event in the stream."""
+    """Answer a request. Everything is validated before the answer starts: after that, an error could only be an event in a stream with HTTP 200."""
     state = raw_request.app.state
     require_effective(request, state.limits.strict_fields)
     require_shown_tools(request, getattr(state.args, "tools_shown", True))

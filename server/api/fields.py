@@ -41,7 +41,7 @@ def require_effective(request: BaseModel, strict: bool) -> None:
 
 
 def require_shown_tools(request: BaseModel, shown: bool) -> None:
-    """Raise RequestError for tools that the base would never hear of. A forced call needs no showing, and "none" wants none."""
+    """Raise RequestError for tools that the base's chat template can't show. Forced calls and tool_choice "none" pass: they don't need it."""
     tools, choice = getattr(request, "tools", None), getattr(request, "tool_choice", None)
     if tools and not shown and choice in (None, "auto"):
         raise RequestError(
@@ -62,7 +62,7 @@ def pin_forced_calls(request: BaseModel) -> None:
 
 
 def _is_neutral(name: str, value: Any, request: BaseModel) -> bool:
-    """Whether an old field asks for what happens anyway; null is not given, as everywhere."""
+    """Whether an old field's value equals what the server does anyway; null counts as not given."""
     return value is None or value is False or (name == "best_of" and value in (1, getattr(request, "n", 1)))
 
 

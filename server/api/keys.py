@@ -50,8 +50,8 @@ def find(keys: Iterable[Key], authorization: bytes) -> Key | None:
     """The key that an Authorization header carries as a bearer token; every key is compared, in constant time."""
     scheme, _, token = authorization.partition(b" ")
     sent = digest(token.strip())
-    found = [key for key in keys if hmac.compare_digest(sent, key.digest)]
-    return found[0] if found and scheme.lower() == b"bearer" else None
+    matching = [key for key in keys if hmac.compare_digest(sent, key.digest)]
+    return matching[0] if matching and scheme.lower() == b"bearer" else None
 
 
 def read_keys(path: Path) -> list[Key]:
@@ -64,21 +64,21 @@ def read_keys(path: Path) -> list[Key]:
         raise StartupError(f"--api-key-file {path}: not UTF-8 text") from None
     if mode & stat.S_IROTH:
         print(f"memdec: warning: --api-key-file {path}: everybody on this machine can read it; chmod 600 it", file=sys.stderr, flush=True)
-    found: list[Key] = []
+    keys: list[Key] = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
                 key = _parse(line, f"line-{number}")
             except ValueError as error:
                 raise StartupError(f"--api-key-file {path}, line {number}: {error}; wanted {FORMAT}") from None
-            for other in found:
+            for other in keys:
                 if other.digest == key.digest or other.name == key.name:
                     same = "key" if other.digest == key.digest else f"name {key.name!r}"
                     raise StartupError(f"--api-key-file {path}, line {number}: its {same} is given twice")
-            found.append(key)
-    if not found:
+            keys.append(key)
+    if not keys:
         raise StartupError(f"--api-key-file {path}: no key in it; wanted lines of {FORMAT}")
-    return found
+    return keys
 
 
 def _parse(line: str, name: str) -> Key:

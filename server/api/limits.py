@@ -38,10 +38,10 @@ class Limits:
 
     def keys(self, given: Iterable[str], domains: Iterable[str]) -> tuple[Key, ...]:
         """The keys of the file and of `--api-key`. Raises StartupError; warns of names of domains that aren't loaded."""
-        found = [Key.of(key, f"key-{number}") for number, key in enumerate(filter(None, given), 1)]
+        keys = [Key.of(key, f"key-{number}") for number, key in enumerate(filter(None, given), 1)]
         if self.api_key_file is not None:
-            found += read_keys(self.api_key_file)
-        for key in found:
+            keys += read_keys(self.api_key_file)
+        for key in keys:
             for name in sorted((key.domains or frozenset()) - set(domains)):
                 print(f"memdec: warning: --api-key-file: key {key.name} names the domain {name!r}, which is not loaded", file=sys.stderr)
-        return tuple(found)
+        return tuple(keys)

@@ -5,7 +5,7 @@ from typing import Any
 
 LINGER_BYTES = 64 << 20
 LINGER_SECONDS = 30
-UNTAKEN_SECONDS = 120  # a client that takes nothing of a full buffer for so long is gone
+UNTAKEN_SECONDS = 120  # seconds after which a client that reads nothing from a full buffer is cut off
 
 
 class LingeringTransport:
@@ -17,11 +17,11 @@ class LingeringTransport:
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self.inner, self.loop = transport, loop
         self.unread = False
-        """Whether the client may have more to send of a request."""
+        """Whether a request is still arriving."""
         self.deaf = False
-        """Whether what comes is dropped: the answers that are due are the last."""
+        """Whether incoming bytes are dropped: no further request is answered."""
         self.dropped = 0
-        """Bytes of that."""
+        """Bytes dropped so far."""
         self.ended = False
         """Whether the last answer is written."""
         self.closing: asyncio.TimerHandle | None = None

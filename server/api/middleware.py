@@ -59,7 +59,7 @@ class RequestId:
 
 
 class KeyConcurrency:
-    """Counts what each key has under way, and refuses a request of one that has as much as it may: 429."""
+    """Counts each API key's choices and tokens under way, and answers 429 to a key that has reached its limit."""
 
     def __init__(self, app: ASGIApp, limit: int | None, tokens: int | None = None, keys: int = 1) -> None:
         """`limit` choices and `tokens` are for keys that have none of their own; `keys` is how many there are."""
@@ -91,11 +91,11 @@ class KeyConcurrency:
             mine.close()
 
     def _client(self, key: Key) -> Client:
-        found = self.clients.get(key.name)
-        if found is None:
+        client = self.clients.get(key.name)
+        if client is None:
             limits = key.concurrent or self.limit, key.tokens or self.tokens
-            found = self.clients[key.name] = Client(key.name, *limits, peers=self.keys)
-        return found
+            client = self.clients[key.name] = Client(key.name, *limits, peers=self.keys)
+        return client
 
 
 class RetryLater:
@@ -107,13 +107,13 @@ class RetryLater:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Add Retry-After; of a few seconds at random, or all that were refused come back at once."""
 
-        async def told(message: Message) -> None:
+        async def with_retry_after(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
                 seconds = random.randint(*RETRY_AFTER)  # noqa: S311
                 message["headers"] = [*message.get("headers", ()), (b"retry-after", str(seconds).encode())]
             await send(message)
 
-        await self.app(scope, receive, told if scope["type"] == "http" else send)
+        await self.app(scope, receive, with_retry_after if scope["type"] == "http" else send)
 
 
 class BodyLimit:
@@ -127,20 +127,20 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen, started, whole = 0, False, False
+        seen, started, complete = 0, False, False
         ends = asyncio.get_running_loop().time() + self.seconds
         length = dict(scope["headers"]).get(b"content-length", b"0")
 
         async def counted() -> Message:
-            nonlocal seen, whole
-            if whole:  # what comes now is the client's leaving
+            nonlocal seen, complete
+            if complete:  # after the body, the next message is the client's disconnect
                 return await receive()
             try:
                 async with asyncio.timeout_at(ends):
                     message = await receive()
             except TimeoutError:
                 raise _Slow from None
-            whole = not message.get("more_body", False)
+            complete = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.limit:
                 raise _Overflow

@@ -1,4 +1,4 @@
-"""What JSON, as Python reads it, lets a client say and nobody could act on: a key twice, numbers that are none, integers without end, half characters."""
+"""Strict JSON: refuses what Python's parser accepts but the server can't use: duplicate keys, NaN and Infinity, huge integers, lone surrogates."""
 
 import json
 import math
@@ -14,7 +14,7 @@ SHOWN = 80  # characters of a name in a message
 
 
 def require_plain(raw: bytes) -> None:
-    """Raise RequestError, by name, for a body that says something that could only be dropped or misread; ValueError for what is no JSON."""
+    """Raise RequestError, naming the field, for a value that could only be dropped or misread; ValueError for what is no JSON."""
     text = raw.decode(json.detect_encoding(raw), "surrogatepass")
     try:
         body = json.loads(text, object_pairs_hook=_each_once)
@@ -28,16 +28,16 @@ def require_plain(raw: bytes) -> None:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """One object. Which of two values is meant nobody knows: Python takes the last, others the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """One object. Duplicate keys are refused: Python takes the last value, other parsers the first."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise RequestError(f"The body has the key {name[:SHOWN]!r} twice in one object. Name it once.", name[:SHOWN])
-    return found
+    return fields
 
 
 def _require_unicode(body: Any) -> None:
-    """JSON can spell half of a surrogate pair, which UTF-8 can't: on its way to the engine it would end as a 500."""
+    """Refuse a lone surrogate: JSON can spell one, UTF-8 can't, so it would fail on the way to the engine with a 500."""
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -45,7 +45,7 @@ def _require_unicode(body: Any) -> None:
 
 
 def _require_numbers(field: str, value: Any) -> None:
-    """JSON's integers have no end, the engine's have; its floats are finite, but Python reads NaN, Infinity and 1e999 too."""
+    """Refuse integers that the engine's messages can't carry, and NaN, Infinity and 1e999, which Python reads but JSON doesn't have."""
     waiting = [value]
     while waiting:
         node = waiting.pop()

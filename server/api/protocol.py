@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with limits on all that isn't a body, which has none there, and with answers that a client still sending can read."""
+"""uvicorn's HTTP protocol with limits on heads, chunk lengths and trailers, and with early answers that a client still sending can read."""
 
 import asyncio
 from http import HTTPStatus
@@ -11,8 +11,8 @@ from memdec.server.errors import HeadersTooLarge, HeadersTooSlow, MemdecError, R
 
 HEAD_BYTES = 64 << 10
 HEAD_SECONDS = 30
-FRAME = 16  # bytes that each piece of a body may bring besides itself: a chunk's length and line ends
-PIECE = 16 << 10  # bytes parsed at once: what a limit may be exceeded by before it is noticed
+FRAME = 16  # bytes of framing that each piece of a body may bring: a chunk's length and line ends
+PIECE = 16 << 10  # bytes parsed at once: a limit may be exceeded by this much before it is noticed
 UPGRADING = (b"connection", b"upgrade", b"http2-settings")
 PIPELINED = 16  # requests that may wait for the answers before theirs
 
@@ -25,15 +25,15 @@ class BoundedHttp(HttpToolsProtocol):
 
     transport: LingeringTransport  # type: ignore[assignment]
     in_body = False
-    """From the end of a request's head, which makes its `cycle`, to its last byte."""
+    """Whether the body is being read: true from the end of the head, which makes the request's `cycle`, to the last byte."""
     beside = 0
-    """Bytes since the last request that are no body: blank lines, the head, lengths of chunks, trailers."""
+    """Bytes other than body since the last request: blank lines, head, chunk lengths, trailers."""
     keeps = True
     """Whether the connection may outlive the request that is being read."""
     timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A first request is awaited."""
+        """Start the time limit for the first request's head."""
         super().connection_made(LingeringTransport(transport, self.loop))  # type: ignore[arg-type]
         self._await_head()
 
@@ -60,7 +60,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.deafen()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; what comes behind the body is none: it would have passed all that looks at headers."""
+        """Take a header. Trailers are dropped: no check of headers has seen them."""
         if not self.in_body:
             super().on_header(name, value)
 
@@ -78,13 +78,13 @@ class BoundedHttp(HttpToolsProtocol):
         self.keeps, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_body(self, body: bytes) -> None:
-        """A refused request's body is nobody's."""
+        """Take a piece of the body; that of a refused request is dropped."""
         self.beside = max(0, self.beside - len(body) - FRAME)
         if not self.transport.deaf:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is here as a whole."""
+        """The request is complete."""
         if self.transport.deaf or self._would_upgrade():
             return
         self.in_body, self.transport.unread, self.beside = False, False, 0
@@ -93,7 +93,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """What has come of a next request meanwhile has its time from now, or is refused by the close."""
+        """An answer is complete: start the time limit of a pipelined request that has begun to arrive, or close the connection."""
         super().on_response_complete()
         if self._answering():
             return
@@ -103,23 +103,23 @@ class BoundedHttp(HttpToolsProtocol):
             self._await_head()
 
     def pause_writing(self) -> None:
-        """The client takes less than it is sent."""
+        """The write buffer is full: the client reads slower than it is sent."""
         super().pause_writing()
         self.transport.expect_reading()
 
     def resume_writing(self) -> None:
-        """It takes it after all."""
+        """The write buffer has room again."""
         super().resume_writing()
         self.transport.reading_goes_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The timers go with the connection."""
+        """The connection is closed: cancel its timers."""
         self._stop_timer()
         self.transport.lost()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """The server ends: nobody is waited for who has been answered."""
+        """The server shuts down: don't wait for clients that have been answered."""
         self.keeps = False
         super().shutdown()
         self.transport.hurry()
@@ -165,16 +165,16 @@ class BoundedHttp(HttpToolsProtocol):
         if self.transport.unread:
             self._refuse(HeadersTooSlow(f"The request's headers did not arrive within {HEAD_SECONDS} seconds."))
         else:
-            self.transport.close()  # who has said nothing, or blank lines alone, gets no answer
+            self.transport.close()  # a client that has sent nothing, or blank lines alone, gets no answer
 
     def _refuse_size(self, part: str) -> None:
         self._refuse(HeadersTooLarge(f"The request's {part} are over {HEAD_BYTES:,} bytes."))
 
     def _refuse(self, error: MemdecError) -> None:
-        """Answer in the app's place and close; while an answer to an earlier request is under way, close after that, without a word."""
+        """Answer in the app's place and close; while an answer to an earlier request is under way, close after that one, without an answer of its own."""
         if self.transport.deaf:
             return
-        self.transport.unread = True  # who knows what still comes
+        self.transport.unread = True  # what still arrives is unknown
         if self._answering():
             self.transport.deafen()
             if self.in_body:
@@ -189,7 +189,7 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 def as_http(error: MemdecError) -> bytes:
-    """An error as a whole answer, the connection's last."""
+    """An error as a complete HTTP response, the connection's last."""
     status, body = HTTPStatus(error.status), error.to_json().encode()
     lines = (
         f"HTTP/1.1 {status.value} {status.phrase}",

@@ -43,10 +43,10 @@ async def responses(request: ResponseRequest, raw_request: Request) -> Response:
         raise RequestError(f"request_id: there is a response {request.request_id[:80]!r} already.", "request_id")
     if request.max_output_tokens is not None and request.max_output_tokens < 1:  # vLLM would speak of max_tokens
         raise RequestError(f"max_output_tokens is {request.max_output_tokens}. It must be at least 1.", "max_output_tokens")
-    found = await answer(_create, request, raw_request)
-    if request.store and serving.enable_store and found.status_code == 200:
+    response = await answer(_create, request, raw_request)
+    if request.store and serving.enable_store and response.status_code == 200:
         _known(raw_request)[request.request_id] = Stored(_key(raw_request), raw_request.state.selection)
-    return found
+    return response
 
 
 @router.get("/v1/responses/{response_id}", **answered(ResponsesResponse))
@@ -56,26 +56,26 @@ async def retrieve(response_id: str, raw_request: Request, starting_after: int |
     serving = raw_request.app.state.openai_serving_responses
     if stream and response_id not in serving.event_store:
         raise RequestError("This response has no events to stream: that takes background and stream.", "stream")
-    found: Response = await retrieve_responses(response_id, raw_request, starting_after, stream)
-    found.headers.update(stored.selection.headers())
-    return found
+    response: Response = await retrieve_responses(response_id, raw_request, starting_after, stream)
+    response.headers.update(stored.selection.headers())
+    return response
 
 
 @router.post("/v1/responses/{response_id}/cancel", **answered(ResponsesResponse))
 async def cancel(response_id: str, raw_request: Request) -> Response:
     """End a response that was asked for in the background."""
     stored = _find(response_id, raw_request)
-    found: Response = await cancel_responses(response_id, raw_request)
-    found.headers.update(stored.selection.headers())
-    return found
+    response: Response = await cancel_responses(response_id, raw_request)
+    response.headers.update(stored.selection.headers())
+    return response
 
 
 async def _create(request: Any, raw_request: Request) -> Response:
     """vLLM's answer; a stream that breaks after its beginning ends with an event that says so."""
-    found: Response = await create_responses(request, raw_request)
-    if isinstance(found, StreamingResponse):
-        found.body_iterator = _ended(aiter(found.body_iterator), raw_request.app.state.openai_serving_responses)
-    return found
+    response: Response = await create_responses(request, raw_request)
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _ended(aiter(response.body_iterator), raw_request.app.state.openai_serving_responses)
+    return response
 
 
 async def _ended(events: AsyncIterator[Any], serving: Any) -> AsyncIterator[Any]:
@@ -94,12 +94,12 @@ async def _ended(events: AsyncIterator[Any], serving: Any) -> AsyncIterator[Any]
 
 
 def _known(raw_request: Request) -> dict[str, Stored]:
-    """Every stored response, by id. Like vLLM's own store it only grows."""
+    """Id -> what we know of each stored response. Like vLLM's own store it only grows."""
     state = raw_request.app.state
     if not hasattr(state, "stored_responses"):
         state.stored_responses = {}
-    found: dict[str, Stored] = state.stored_responses
-    return found
+    responses: dict[str, Stored] = state.stored_responses
+    return responses
 
 
 def _key(raw_request: Request) -> str | None:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 ROUTE = "route"  # where the request's state has it
 
 
-class Found(NamedTuple):
+class MatchedRoute(NamedTuple):
     """The route of a request."""
 
     path: str | None = None
@@ -33,14 +33,14 @@ class Routed:
         if scope["type"] == "http":
             scope.setdefault("state", {})  # layers outside of this one read it too
             scope = {**scope, "path": _path(scope), "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
-            scope["state"][ROUTE] = _found(self.routes, scope)
+            scope["state"][ROUTE] = _match(self.routes, scope)
         await self.app(scope, receive, send)
 
 
-def route_of(scope: Scope) -> Found:
+def route_of(scope: Scope) -> MatchedRoute:
     """The route of a request that has passed Routed."""
-    found: Found = scope.get("state", {}).get(ROUTE, Found())
-    return found
+    route: MatchedRoute = scope.get("state", {}).get(ROUTE, MatchedRoute())
+    return route
 
 
 def allowed(request: Request) -> str:
@@ -58,11 +58,11 @@ def _path(scope: Scope) -> str:
     return f"{root}/" if stripped == root else str(stripped)
 
 
-def _found(routes: Sequence[BaseRoute], scope: Scope) -> Found:
+def _match(routes: Sequence[BaseRoute], scope: Scope) -> MatchedRoute:
     """As the router finds it: the first route of that path and method, else the first of that path."""
     matches = [(route.matches(scope)[0], getattr(route, "path", None)) for route in routes]
     for wanted in (Match.FULL, Match.PARTIAL):
         for match, path in matches:
             if match is wanted:
-                return Found(path, match is Match.FULL)
-    return Found()
+                return MatchedRoute(path, match is Match.FULL)
+    return MatchedRoute()

@@ -1,4 +1,4 @@
-"""What a server of ours is, checked and frozen: all that engine and app are told besides vLLM's own arguments."""
+"""The server's checked and frozen settings: all that configures engine and app besides vLLM's own arguments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a request may ask of structured outputs, as far as a look at the body can tell; what only compiling tells is the engine room's."""
+"""Limits on structured outputs that can be checked without compiling; memdec.server.engine.grammars checks what only a compile shows."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {
 
 
 def require_small(body: dict[str, Any]) -> None:
-    """Refuse schemas, grammars, expressions and choices that count too far, are too large or too deep: compiling takes time in proportion.
+    """Refuse schemas, grammars, regular expressions and choices that are too large, too deep or repeat too often: compile time grows with each.
 
     Raises RequestError that names the field.
     """

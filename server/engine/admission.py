@@ -1,4 +1,4 @@
-"""What may be under way: choices of all together, and choices and tokens of each client with a key."""
+"""Admission: limits on choices under way in all, and on choices and tokens under way of each API key."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from itertools import count
 from memdec.server.errors import QueueFull, RequestError, TooManyRequests
 
 NOBODY = ""
-"""Whose requests share one turn: those that nothing tells apart."""
+"""Share of the scheduler for requests without a key or address to tell them apart."""
 _numbers = count(1)
 
 
@@ -23,9 +23,9 @@ class Client:
     peers: int = 1
     """Clients that share the server, itself included."""
     choices: int = 0
-    """Under way, from the first byte of a request to the last of its answer; a request counts as one before its choices are known."""
+    """Choices under way, from a request's first byte to its answer's last; a request counts as one until its `n` is known."""
     tokens: int = 0
-    """Of prompts, and the most that the answers may have."""
+    """Tokens under way: prompts plus max_tokens of each choice."""
 
 
 class Account:
@@ -35,7 +35,7 @@ class Account:
         self.client, self.choices, self.tokens = client, 0, 0
 
     def ask(self, choices: int) -> None:
-        """The request needs so many choices in all. Raises TooManyRequests while others of its client leave too few, RequestError if those never fit."""
+        """Charge the request's number of choices. Raises TooManyRequests while others of its client leave too few, RequestError if those never fit."""
         most, client = self.client.most_choices, self.client
         if most is not None and choices > most:
             raise RequestError(f"This request asks for {choices} choices; this API key may have {most} under way.", "n")
@@ -45,7 +45,7 @@ class Account:
         self.choices = choices
 
     def spend(self, tokens: int) -> None:
-        """The request has so many tokens more. Raises as above."""
+        """Charge further tokens of the request. Raises as above."""
         most, client = self.client.most_tokens, self.client
         if most is not None and self.tokens + tokens > most:
             raise RequestError(
@@ -78,13 +78,13 @@ _mine: ContextVar[Places | None] = ContextVar("places", default=None)
 
 
 def turn_of_request() -> str:
-    """In whose turns the engine runs the request that is being served."""
+    """The client in whose fair share the engine runs the current HTTP request."""
     places = _mine.get()
     return NOBODY if places is None else places.client
 
 
 class Admission:
-    """Keeps a place for every choice from its admission until the engine counts it: vLLM counts alone, and a crowd that comes at once passes."""
+    """Reserves queue places from a request's admission until the engine counts it: vLLM's own check misses requests that arrive at the same moment."""
 
     def __init__(self, bound: int | None) -> None:
         self.bound, self.kept = bound, 0
@@ -101,7 +101,7 @@ class Admission:
         guaranteed = mine is not None and self.bound is not None and mine.client.choices <= self.bound // mine.client.peers
         if self.bound is not None and under_way + self.kept + choices > self.bound and not guaranteed:
             raise QueueFull("The server has as many requests as it takes. Try again in a few seconds, or on another replica.")
-        # Without keys, who asks for many answers at once has turns of its own, and can't stand in the way of all others.
+        # Without keys, a request for many choices gets a fair share of its own, so that it can't delay all others.
         name = f"key {mine.client.name}" if mine is not None else f"request {next(_numbers)}" if choices > 1 else NOBODY
         places = Places(choices, name)
         self.kept += choices
@@ -113,7 +113,7 @@ class Admission:
             self._give_back(places, places.count)
 
     def arrived(self, choices: int) -> None:
-        """The engine has so many choices of the request that is being served, or has refused them."""
+        """Release places: the engine has taken, or refused, this many choices of the current HTTP request."""
         if (places := _mine.get()) is not None:
             self._give_back(places, min(choices, places.count))
 

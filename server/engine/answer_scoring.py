@@ -36,11 +36,11 @@ async def scored(
 
 def forced(params: SamplingParams, token: int) -> SamplingParams:
     """Parameters under which `token` comes next, with its log-probability before anything is forced, and as many others as the prompt's tokens have."""
-    found = params.clone()
-    found.allowed_token_ids, found.logprobs = [token], params.prompt_logprobs
-    found.structured_outputs = found.logit_bias = found.bad_words = None
-    found.stop, found.stop_token_ids, found.min_tokens = [], [], 0
-    return found
+    scoring = params.clone()
+    scoring.allowed_token_ids, scoring.logprobs = [token], params.prompt_logprobs
+    scoring.structured_outputs = scoring.logit_bias = scoring.bad_words = None
+    scoring.stop, scoring.stop_token_ids, scoring.min_tokens = [], [], 0
+    return scoring
 
 
 def _require_raw(mode: str, params: SamplingParams) -> None:
@@ -52,7 +52,7 @@ def _require_raw(mode: str, params: SamplingParams) -> None:
 
 
 def _hide(one: Any) -> None:
-    """Leave nothing of the token that was generated."""
+    """Remove the generated token from an output."""
     one.text, one.token_ids, one.stop_reason = "", [], None
     one.logprobs = None if one.logprobs is None else []
     if one.finish_reason == "stop":

@@ -1,4 +1,4 @@
-"""What is done to streams on their way through vLLM: to the engine's outputs before it makes events of them, and to the events."""
+"""Corrections of streams: of the engine's outputs before vLLM turns them into events, and of the events."""
 
 import copy
 import json
@@ -23,9 +23,9 @@ async def one_by_one(outputs: Outputs) -> Outputs:
     async for prompt, output in outputs:
         scores = of_prompt.setdefault(prompt, output.prompt_logprobs)
         for choice in output.outputs:
-            found = copy.copy(output)
-            found.outputs, found.prompt_logprobs = [choice], scores
-            yield prompt, found
+            single = copy.copy(output)
+            single.outputs, single.prompt_logprobs = [choice], scores
+            yield prompt, single
 
 
 async def token_by_token(outputs: Outputs, place: Callable[[], Place]) -> Outputs:
@@ -39,16 +39,16 @@ async def token_by_token(outputs: Outputs, place: Callable[[], Place]) -> Output
         shown[key] += len(choice.text)
         starts = here.pass_by(choice.token_ids)
         for part in _parts(choice, [max(0, end - sent) for end in [*starts[1:], here.at]]):
-            found = copy.copy(output)
-            found.outputs = [part]
-            yield prompt, found
+            single = copy.copy(output)
+            single.outputs = [part]
+            yield prompt, single
 
 
 def _parts(choice: CompletionOutput, ends: Sequence[int]) -> list[CompletionOutput]:
     """A choice's output, token by token; `ends` [tokens] is where each one's text ends. What stop strings hold back comes later."""
     if len(choice.token_ids) < 2:
         return [choice]
-    found, begin = [], 0
+    parts, begin = [], 0
     for number, token in enumerate(choice.token_ids):
         last = number + 1 == len(choice.token_ids)
         part, end = copy.copy(choice), len(choice.text) if last else max(begin, ends[number])
@@ -56,9 +56,9 @@ def _parts(choice: CompletionOutput, ends: Sequence[int]) -> list[CompletionOutp
         part.logprobs = None if choice.logprobs is None else choice.logprobs[number : number + 1]
         if not last:
             part.finish_reason = part.stop_reason = None
-        found.append(part)
+        parts.append(part)
         begin = end
-    return found
+    return parts
 
 
 async def finish_apart(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
@@ -79,7 +79,7 @@ async def finish_apart(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
 
 
 def _says(choice: dict[str, Any]) -> bool:
-    """Whether there is anything in an event but the reason."""
+    """Whether an event carries anything besides finish_reason."""
     scores = choice.get("logprobs") or {}
     said = (
         choice.get("text"),
@@ -92,7 +92,7 @@ def _says(choice: dict[str, Any]) -> bool:
 
 
 def _only_finish(choice: dict[str, Any]) -> dict[str, Any]:
-    """The choice without what it says, all its keys kept."""
+    """The choice with its content emptied and all its keys kept."""
     empty: dict[str, Any] = {"text": "", "delta": {}, "prompt_token_ids": None}
     if choice.get("token_ids"):
         empty["token_ids"] = []

@@ -1,4 +1,4 @@
-"""What single tokens are in an answer: their bytes, their names, and where in the text they begin.
+"""An answer's tokens one by one: their bytes, their names in log-probabilities, and their offsets in the text.
 
 vLLM tells tokens by their decoded text, which a part of a character has not. To be dropped when vLLM keeps each token's own bytes beside it.
 """
@@ -26,8 +26,8 @@ def bytes_of(tokenizer: Any, token: int) -> bytes:
     if UNDECODED not in text:
         return text.encode("utf-8", "replace")
     piece: str = tokenizer.convert_ids_to_tokens([token])[0]
-    if found := FALLBACK.fullmatch(piece):
-        return bytes([int(found[1], 16)])
+    if fallback := FALLBACK.fullmatch(piece):
+        return bytes([int(fallback[1], 16)])
     if all(character in BYTE_OF for character in piece):
         return bytes(BYTE_OF[character] for character in piece)
     return text.encode()
@@ -35,11 +35,11 @@ def bytes_of(tokenizer: Any, token: int) -> bytes:
 
 def names_of(tokenizer: Any, texts: Mapping[int, str]) -> dict[int, str]:
     """Token -> a name that no other candidate has: its text where that is unique, else its bytes as OpenAI spells them, else its id."""
-    found = dict(texts)
+    names = dict(texts)
     for named in (lambda token: _spelled(bytes_of(tokenizer, token)), format_token_id_placeholder):
-        count = Counter(found.values())
-        found = {token: name if count[name] == 1 else named(token) for token, name in found.items()}
-    return found
+        count = Counter(names.values())
+        names = {token: name if count[name] == 1 else named(token) for token, name in names.items()}
+    return names
 
 
 def _spelled(raw: bytes) -> str:
@@ -51,7 +51,7 @@ def _spelled(raw: bytes) -> str:
 def hidden_in(tokenizer: Any) -> frozenset[int]:
     """The tokens that a tokenizer leaves out of generated text with skip_special_tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_ids) | {token for token, told in added.items() if told.special}
+    return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if entry.special}
 
 
 class Place:

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI answers, put right where they are wrong: subclasses of its serving objects, which do to outputs and events what is named here.
+"""Corrections of vLLM's OpenAI answers: subclasses of its serving objects that change outputs and events.
 
 What each mends, and what upstream change would let us drop it, is said beside it, here and in answer_tokens, answer_streams and answer_scoring.
 """
@@ -28,7 +28,7 @@ LEAST = -9999.0  # JSON has no minus infinity; vLLM's, and OpenAI's, number for 
 
 
 def put_right(state: Any) -> None:
-    """Have the app's serving objects, which vLLM has made, answer as here."""
+    """Give the serving objects that vLLM has made the classes of this file."""
     state.openai_serving_completion.__class__ = Completions
     state.openai_serving_chat.__class__ = Chats
 
@@ -47,8 +47,8 @@ class Completions(OpenAIServingCompletion):
 
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         """The prompts as token ids, those to be echoed also as text: vLLM leaves it out with return_token_ids, and then echoes nothing."""
-        found = await super().render_completion_request(request.model_copy(update={"return_token_ids": False}))
-        return found if _is_scoring(request) else _with_room(found, self.model_config.max_model_len, request.max_tokens)
+        prompts = await super().render_completion_request(request.model_copy(update={"return_token_ids": False}))
+        return prompts if _is_scoring(request) else _with_room(prompts, self.model_config.max_model_len, request.max_tokens)
 
     def completion_stream_generator(
         self, request: CompletionRequest, engine_inputs: Any, result_generator: Outputs, *args: Any, **kwargs: Any
@@ -89,8 +89,8 @@ class Completions(OpenAIServingCompletion):
 
     def _place(self, request: CompletionRequest, prompt: Sequence[int] | None = None, text: str | None = None) -> Place:
         """The beginning of a choice: of the prompt if it is echoed."""
-        told = request.echo and request.logprobs is not None
-        return Place(self.renderer.tokenizer, request.skip_special_tokens, *((prompt or (), text or "") if told else ()))
+        echoed = request.echo and request.logprobs is not None
+        return Place(self.renderer.tokenizer, request.skip_special_tokens, *((prompt or (), text or "") if echoed else ()))
 
     def _create_completion_logprobs(
         self, token_ids: Sequence[int], top_logprobs: Sequence[Any], num_output_top_logprobs: int, tokenizer: Any,
@@ -102,16 +102,16 @@ class Completions(OpenAIServingCompletion):
         be dropped when its entries have names of their own, and its offsets come from the text.
         """
         by_id = self.return_tokens_as_token_ids if return_as_token_id is None else return_as_token_id
-        found = CompletionLogProbs(text_offset=next(self.next_places).pass_by(token_ids), token_logprobs=[], tokens=[], top_logprobs=[])
+        logprobs = CompletionLogProbs(text_offset=next(self.next_places).pass_by(token_ids), token_logprobs=[], tokens=[], top_logprobs=[])
         shown = None if logprob_token_ids or num_output_top_logprobs == -1 else num_output_top_logprobs + 1
         for token, candidates in zip(token_ids, top_logprobs, strict=False):
             offered = dict(list((candidates or {token: None}).items())[:shown])
             texts = {t: self._get_decoded_token(c or UNSCORED, t, tokenizer, by_id) for t, c in offered.items()}
             names = names_of(tokenizer, texts)
-            found.tokens.append(names[token])
-            found.token_logprobs.append(_floored(candidates[token]) if candidates else None)
-            found.top_logprobs.append({names[t]: _floored(c) for t, c in offered.items()} if candidates else None)
-        return found
+            logprobs.tokens.append(names[token])
+            logprobs.token_logprobs.append(_floored(candidates[token]) if candidates else None)
+            logprobs.top_logprobs.append({names[t]: _floored(c) for t, c in offered.items()} if candidates else None)
+        return logprobs
 
 
 class Chats(OpenAIServingChat):
@@ -140,12 +140,12 @@ class Chats(OpenAIServingChat):
         self, token_ids: Sequence[int], top_logprobs: Sequence[Any], tokenizer: Any, *args: Any, **kwargs: Any
     ) -> ChatCompletionLogProbs:
         """vLLM's, with each token's own bytes: vLLM's are those of the text, which a part of a character has not."""
-        found: ChatCompletionLogProbs = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *args, **kwargs)
-        for told, token, candidates in zip(found.content or (), token_ids, top_logprobs, strict=False):
-            told.bytes = list(bytes_of(tokenizer, token))
-            for other, candidate in zip(told.top_logprobs, candidates or (), strict=False):
+        logprobs: ChatCompletionLogProbs = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *args, **kwargs)
+        for entry, token, candidates in zip(logprobs.content or (), token_ids, top_logprobs, strict=False):
+            entry.bytes = list(bytes_of(tokenizer, token))
+            for other, candidate in zip(entry.top_logprobs, candidates or (), strict=False):
                 other.bytes = list(bytes_of(tokenizer, candidate))
-        return found
+        return logprobs
 
 
 def by_token(request: Any) -> bool:
@@ -161,7 +161,7 @@ def _is_scoring(request: CompletionRequest) -> bool:
 
 
 def _generating(request: CompletionRequest) -> CompletionRequest:
-    """The request as the engine was asked: vLLM shows all of the answer, prompt and nothing, if it isn't told that nothing was wanted."""
+    """For scoring, the request with max_tokens 1: vLLM then builds the answer from the prompt and the outputs, which are empty."""
     return request.model_copy(update={"max_tokens": 1}) if _is_scoring(request) else request
 
 
@@ -169,9 +169,9 @@ def _echoing(request: CompletionRequest, choice: CompletionOutput, prompt: str |
     """A choice's first output, with the prompt's text where vLLM takes it for empty: with return_token_ids."""
     if not (request.echo and request.return_token_ids):
         return choice
-    found = copy.copy(choice)
-    found.text = (prompt or "") + choice.text
-    return found
+    echoing = copy.copy(choice)
+    echoing.text = (prompt or "") + choice.text
+    return echoing
 
 
 def _with_room(rendered: Any, context: int, asked: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""vLLM's AsyncLLM with three additions: cache salts, draining, and per-token timings by domain."""
+"""vLLM's AsyncLLM with prefix-cache salts by domain, admission, draining, RAG, grammar checks, and TTFT and inter-token latency by domain."""
 
 import copy
 from collections import Counter
@@ -40,7 +40,7 @@ class TimedOutputProcessor(OutputProcessor):
     timings: Timings
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        """Remember whose tokens these will be."""
+        """Note the request's metric label, slot and pass."""
         super().add_request(request, *args, **kwargs)
         choice = MemoryChoice.of(request.sampling_params)
         state: Any = self.request_states[request.request_id]
@@ -50,7 +50,7 @@ class TimedOutputProcessor(OutputProcessor):
         state.memory_slot = extra.get(SLOT, 0)
 
     def process_outputs(self, engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """An answer that ended because its grammar allowed no token is the client's mistake; vLLM tells it from no other failure.
+        """End an answer whose grammar allowed no token with a client error; vLLM reports it like any failure of its own.
 
         The one failure that the scheduler reports with tokens is a grammar that doesn't take what was sampled under its own mask.
         """
@@ -77,13 +77,13 @@ class TimedOutputProcessor(OutputProcessor):
             self.timings.finished(req_state.memory_label, iteration_stats.finished_requests[-1].mean_time_per_output_token)
 
     def do_tracing(self, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
-        """vLLM's span of one request, with what it chose."""
+        """vLLM's span of one request, with mode and domain as attributes."""
         with tracing.attributes_of(req_state.memory_label):
             super().do_tracing(engine_core_output, req_state, iteration_stats)
 
 
 class CutOff(EngineDeadError):
-    """What requests still running at the end of the drain end with."""
+    """Ends the requests that still run when the drain's time is up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class MemoryEngine(AsyncLLM):
         self.equip()
 
     def equip(self) -> None:
-        """What an AsyncLLM lacks: names, slots and metrics of its memories."""
+        """Add to an AsyncLLM what MemoryEngine needs: grammars, admission, liveness, and metrics of its domains."""
         spec = CompositeSpec.of(self.vllm_config.model_config.hf_config)
         decoders, datastores = (spec.decoders, spec.datastores) if spec is not None else ((), ())
         # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
@@ -161,11 +161,11 @@ class MemoryEngine(AsyncLLM):
 
     async def everywhere(self, method: str, *args: Any) -> list[list[Any]]:
         """Call a method on every worker, between two steps: for each replica, each rank's answer."""
-        found: list[list[Any]] = await self.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
-        return found
+        answers: list[list[Any]] = await self.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
+        return answers
 
     def uses(self, slot: int) -> bool:
-        """Whether a request that isn't answered yet was given this slot."""
+        """Whether an unfinished request uses this slot."""
         running = (getattr(state, "memory_slot", 0) for state in self.output_processor.request_states.values())
         return self.admitting[slot] > 0 or slot in running
 
@@ -176,7 +176,9 @@ class MemoryEngine(AsyncLLM):
         A client's own salt is namespaced, or it could name another domain's blocks. Lambda changes no KV, so requests that
         differ in it alone share blocks.
         """
-        params = await self._compilable(bounded(params))  # the one thing to wait for: domains may change meanwhile, so it comes first
+        params = await self._compilable(
+            bounded(params)
+        )  # the only await before the engine has the request: domains may change meanwhile, so it comes first
         choice, current = MemoryChoice.of(params), self.loaded.current
         if choice is not None and choice.domain not in current.revisions:
             # The routes have checked it: it was unloaded since.
@@ -189,7 +191,7 @@ class MemoryEngine(AsyncLLM):
             else:
                 prompt.cache_salt = salt
         slot = current.slots[choice.domain] if choice is not None and choice.mode == DECODER and choice.mixed else 0
-        params = _told(params, slot)
+        params = _with_engine_fields(params, slot)
         self.admitting[slot] += 1
         try:
             _charge(prompt, params)
@@ -203,7 +205,7 @@ class MemoryEngine(AsyncLLM):
             self.admission.arrived(getattr(params, "n", 1))
 
     async def _compilable(self, params: Any) -> Any:
-        """The parameters with a grammar that has been tried. Raises VLLMValidationError."""
+        """A copy of the parameters whose grammar the sandbox has compiled. Raises VLLMValidationError."""
         constraint = getattr(params, "structured_outputs", None)
         if constraint is None or constraint.all_constraints_none():
             return params
@@ -242,17 +244,17 @@ class MemoryEngine(AsyncLLM):
         await super().check_health()
 
 
-def _told(params: Any, slot: int) -> Any:
-    """Parameters that also say, to the worker, where the domain's decoder is, and to the scheduler, whose turn the request waits for."""
-    told: dict[str, Any] = {}
+def _with_engine_fields(params: Any, slot: int) -> Any:
+    """A copy of the parameters with the decoder's slot, for the worker, and the client of the fair share, for the scheduler."""
+    extra: dict[str, Any] = {}
     if slot:
-        told[SLOT] = slot
+        extra[SLOT] = slot
     if client := turn_of_request():
-        told[CLIENT] = client
-    if not told or not hasattr(params, "extra_args"):
+        extra[CLIENT] = client
+    if not extra or not hasattr(params, "extra_args"):
         return params
     params = copy.copy(params)
-    params.extra_args = {**(params.extra_args or {}), **told}
+    params.extra_args = {**(params.extra_args or {}), **extra}
     return params
 
 

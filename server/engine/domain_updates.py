@@ -1,8 +1,8 @@
 """Domains at run time: decoders loaded, replaced and unloaded while requests run.
 
-A decoder is read and checked here, in a thread that nobody waits for in vain, as thoroughly as at start-up; the workers then build its tower and fill
-it between steps, a piece at a time, with the bytes that were checked and no others. Only when every worker of every replica has it do names, aliases, salts and metrics change, in one step of the event loop. A
-request is given its slot when it enters the engine and keeps it, so a slot is emptied when the last request that has it is done.
+The front end reads and checks a decoder in a thread, with a deadline, as thoroughly as at start-up. The workers then load the same bytes (their
+SHA-256 is compared) in pieces between steps. When every worker of every replica has the decoder, the front end publishes the new domains in one step
+of the event loop. A request gets its slot when it enters the engine and keeps it, so a slot is emptied when its last request is done.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
 from memdec.server.routing.domains import DECODER, NONE, Domain
 
-PIECE = 16 << 20  # bytes of weights that are worked on between two steps
+PIECE = 16 << 20  # bytes of weights loaded between two engine steps
 POLL = 0.05  # seconds between two looks at whether a slot is free
-CLEARING = 5.0  # seconds that an engine gets to forget what has failed
-LARGER = 8  # times the bytes of the decoders there are: double precision instead of bfloat16, and a head of its own
+CLEARING = 5.0  # seconds that the engine gets to discard a failed load
+LARGER = 8  # largest decoder, in times the first one's bytes: float64 instead of bfloat16 (4), an untied head (2)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A decoder that may be loaded."""
+class CheckedDecoder:
+    """A decoder that has passed all checks."""
 
     domain: Domain
     digests: dict[str, str]
@@ -52,7 +52,7 @@ class DomainUpdates:
         self.reference = (first.name, Package.read(Path(first.path)))
         self.token_hash = first.tokenizer
         self.draining: dict[int, Domain] = {}
-        """Slots whose decoder takes no new requests, but still has some."""
+        """Slot -> its former domain: takes no new requests, but has unfinished ones."""
         self.lock = asyncio.Lock()
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -75,12 +75,12 @@ class DomainUpdates:
             self._drain(current.slots[name], domain)
 
     def slots_json(self) -> dict[str, Any]:
-        """How many decoders there may be, how many more there could be now, and which still answer their last requests."""
+        """Slots in total, free slots, and the revisions that still answer their last requests."""
         leaving = [{"name": d.name, "revision": d.revision} for d in self.draining.values()]
         return {"total": self.options.slots, "free": len(list(self._free())), "draining": leaving}
 
     def _keep(self, work: Any) -> Any:
-        """A task for a coroutine; the event loop alone would let it be collected."""
+        """Start a task and keep a reference to it: the event loop holds only a weak one."""
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -90,15 +90,15 @@ class DomainUpdates:
         async with self.lock:
             self._require_running()
             deadline = time.monotonic() + self.options.seconds
-            found = await self._in_time(in_thread(self._checked, name, path), deadline)
+            decoder = await self._in_time(in_thread(self._checked, name, path), deadline)
             current = self.engine.loaded.current
             before = current.domains.get(name)
-            domain = replace(found.domain, datastore=before.datastore if before is not None else None)
+            domain = replace(decoder.domain, datastore=before.datastore if before is not None else None)
             if before is not None and before.revision == domain.revision:
                 self.engine.loaded.publish(current.having(domain, current.slots[name]))
                 return domain, False
             slot = self._slot_for(name)
-            await self._fill(slot, found, deadline)
+            await self._fill(slot, decoder, deadline)
             try:
                 self.engine.output_processor.timings.know([(mode, name) for mode in (DECODER, NONE)])
                 self.engine.loaded.publish(current.having(domain, slot))
@@ -110,12 +110,12 @@ class DomainUpdates:
             return domain, before is None
 
     def _require_running(self) -> None:
-        """Raise ShuttingDown at the end."""
+        """Raise ShuttingDown while the server drains."""
         if self.engine.draining:
             raise ShuttingDown("The server is shutting down; its domains don't change any more.")
 
     async def _in_time(self, work: Awaitable[T], deadline: float) -> T:
-        """What some work gives, which is left to itself where it takes too long. Raises BadPackage after the deadline, ShuttingDown at the end."""
+        """Await `work` until the deadline; a thread that takes longer is abandoned. Raises BadPackage after the deadline, ShuttingDown while the server drains."""
         task = asyncio.ensure_future(work)
         try:
             while True:
@@ -127,7 +127,7 @@ class DomainUpdates:
         finally:
             task.cancel()
 
-    def _checked(self, name: str, path: str) -> Found:
+    def _checked(self, name: str, path: str) -> CheckedDecoder:
         """A decoder, checked as at start-up. Raises OutsideRoots and BadPackage."""
         folder, (_, reference) = self._confined(path), self.reference
         most = LARGER * reference.size + (64 << 20)
@@ -136,10 +136,10 @@ class DomainUpdates:
             require_one_shape([self.reference, (name, package)])
         except (StartupError, DecoderError) as error:
             raise BadPackage(f"{sendable(str(error))}.") from None
-        return Found(domain_of(name, package, self.token_hash), package.weights.digests)
+        return CheckedDecoder(domain_of(name, package, self.token_hash), package.weights.digests)
 
     def _confined(self, path: str) -> Path:
-        """The folder that is meant, symbolic links resolved. Raises OutsideRoots if it, or a file in it, lies outside the roots."""
+        """The decoder's folder, symbolic links resolved. Raises OutsideRoots if it, or a file in it, lies outside the roots."""
         refusal = OutsideRoots(f"The path {path[:200]!r} is no folder within those that --domain-root names.")
         if not is_utf8(path):
             raise refusal
@@ -173,12 +173,12 @@ class DomainUpdates:
             "DELETE a domain first, or start the server with a larger --max-decoders."
         )
 
-    async def _fill(self, slot: int, found: Found, deadline: float) -> None:
+    async def _fill(self, slot: int, decoder: CheckedDecoder, deadline: float) -> None:
         """Load a decoder into a slot on all workers, each of which reads the bytes that were checked. Raises BadPackage; then no worker has it."""
         try:
-            await self._in_time(self._everywhere("stage_decoder", slot, found.domain.path, found.digests), deadline)
+            await self._in_time(self._everywhere("stage_decoder", slot, decoder.domain.path, decoder.digests), deadline)
             while not all(answers := await self._in_time(self._everywhere("load_staged", PIECE), deadline)):
-                if None in answers:  # it waits for the disk
+                if None in answers:  # a worker waits for the disk
                     await asyncio.sleep(POLL)
             await self._in_time(self._everywhere("install_staged"), deadline)
         except BaseException:
@@ -186,17 +186,17 @@ class DomainUpdates:
             raise
 
     async def _clear(self, slot: int) -> None:
-        """After a failure: no worker has what was staged, nor anything in the slot. An engine that is ending, or doesn't answer, is not waited for."""
+        """After a failure: discard the staged decoder and empty the slot on all workers. An engine that drains or doesn't answer is not waited for."""
         if not self.engine.draining and not self.engine.errored:
             for method, args in (("discard_staged", ()), ("free_slot", (slot,))):
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(self.engine.everywhere(method, *args), CLEARING)
 
     async def _everywhere(self, method: str, *args: Any) -> list[Any]:
-        """Every worker's answer. Raises BadPackage if one is a text, which says what went wrong there."""
+        """Every worker's answer. Raises BadPackage if one is a string: a worker's error message."""
         answers = [answer for ranks in await self.engine.everywhere(method, *args) for answer in ranks]
-        if told := next((a for a in answers if isinstance(a, str)), None):
-            raise BadPackage(f"The decoder can't be loaded: {sendable(told)}.")
+        if failure := next((a for a in answers if isinstance(a, str)), None):
+            raise BadPackage(f"The decoder can't be loaded: {sendable(failure)}.")
         return answers
 
     def _drain(self, slot: int, domain: Domain) -> None:

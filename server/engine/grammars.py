@@ -19,7 +19,7 @@ from memdec.server.engine.sandbox import READY, SECONDS, WALL_SECONDS, Sandbox
 KNOWN = 512  # grammars whose outcome is remembered
 AT_ONCE = 2  # compiles of one client
 ALTOGETHER = 8
-REST = 3  # times the seconds that a client's compile took, before its place is free again: others need the processor too
+REST = 3  # a client's place stays taken for this many times its compile's seconds: others need the processor too
 START_SECONDS = 300  # that a sandbox may take to start
 FIELD = "structured_outputs"
 TOO_COSTLY = (
@@ -54,10 +54,10 @@ class Grammars:
         """The same constraint as the engine wants it. Raises VLLMValidationError if the backend refuses it, or it costs too much."""
         fields = {name: value for name, value in asdict(params).items() if not name.startswith("_")}
         asked = json.dumps(fields).encode()
-        found = await self._outcome(asked)
-        if "refused" in found:
-            raise VLLMValidationError(found["refused"], parameter=FIELD)
-        passed = StructuredOutputsParams(**found["fields"])
+        outcome = await self._outcome(asked)
+        if "refused" in outcome:
+            raise VLLMValidationError(outcome["refused"], parameter=FIELD)
+        passed = StructuredOutputsParams(**outcome["fields"])
         passed._backend = self.vllm_config.structured_outputs_config.backend
         return passed
 
@@ -105,8 +105,8 @@ class Grammars:
             raise RuntimeError("the process that compiles grammars has failed; see the log")
         if answer == READY and loop.time() - began >= WALL_SECONDS:  # it may be as small as any
             raise GracefulHTTPError(TOO_BUSY, HTTPStatus.SERVICE_UNAVAILABLE)
-        found: dict[str, Any] = json.loads(answer[len(READY) :] or json.dumps({"refused": TOO_COSTLY}))
-        return found
+        outcome: dict[str, Any] = json.loads(answer[len(READY) :] or json.dumps({"refused": TOO_COSTLY}))
+        return outcome
 
     def _ask(self) -> Any:
         if self.sandbox is None:

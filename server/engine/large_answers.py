@@ -24,7 +24,7 @@ LARGE = 2000  # tokens and log-probabilities of an answer: some ten milliseconds
 
 @dataclass(frozen=True)
 class Unbuilt:
-    """An answer whose outputs are all there."""
+    """An answer whose outputs are complete, but whose response object isn't built yet."""
 
     build: Callable[[], Any]
 
@@ -54,7 +54,7 @@ create_chat_completion: Any = with_cancellation(load_aware_call(_chat))
 
 
 async def _answer(create: Callable[..., Any], request: Any, raw_request: Any) -> Response:
-    """What vLLM's own routes do with what its serving objects make, but for what is unbuilt."""
+    """Answer as vLLM's own routes do; an Unbuilt is built and written in a thread."""
     made = await create(request, raw_request)
     headers = metrics_header(raw_request.headers.get("endpoint-load-metrics-format", ""))
     if isinstance(made, Unbuilt):
@@ -100,7 +100,7 @@ def size(output: Any) -> int:
 
 
 async def _only(result: Any) -> AsyncIterator[Any]:
-    """What there is, and no more."""
+    """Yield the one result, if there is one."""
     if result is not None:
         yield result
 

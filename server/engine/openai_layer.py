@@ -87,15 +87,15 @@ def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
 
     def limited(render: Callable[..., Awaitable[Any]], parameter: str) -> Callable[..., Awaitable[Any]]:
         async def rendered(*args: Any, **kwargs: Any) -> Any:
-            found = await render(*args, **kwargs)
-            if prompt is None or isinstance(found, ErrorResponse):
-                return found
-            for one in _prompts(found):
+            prompts = await render(*args, **kwargs)
+            if prompt is None or isinstance(prompts, ErrorResponse):
+                return prompts
+            for one in _prompts(prompts):
                 if (tokens := len(one["prompt_token_ids"])) > prompt:
                     raise VLLMValidationError(
                         f"The prompt has {tokens:,} tokens; this server takes at most {prompt:,}.", parameter=parameter
                     )
-            return found
+            return prompts
 
         return rendered
 

@@ -19,11 +19,11 @@ class MemoryResponses(OpenAIServingResponses):
 
     async def responses_full_generator(self, *args: Any, **kwargs: Any) -> Any:
         """The answer, with what retrieval put before the prompt in its usage; the one that vLLM has stored is the same object."""
-        found = await super().responses_full_generator(*args, **kwargs)
-        if isinstance(found, ResponsesResponse) and found.usage is not None:
-            found.usage.input_tokens += added.get().tokens
-            found.usage.total_tokens += added.get().tokens
-        return found
+        response = await super().responses_full_generator(*args, **kwargs)
+        if isinstance(response, ResponsesResponse) and response.usage is not None:
+            response.usage.input_tokens += added.get().tokens
+            response.usage.total_tokens += added.get().tokens
+        return response
 
     # vLLM leaves a background request that raises "queued" for ever, and whoever reads its stream waiting. When it ends both itself,
     # what follows can go.
@@ -62,9 +62,9 @@ class MemoryResponses(OpenAIServingResponses):
 
     def error_event(self, error: Exception, number: int) -> ResponseErrorEvent:
         """What ends a stream that can't go on."""
-        told = self.create_error_response(error).error
-        message = told.message if told.code < 500 or told.code == 503 else FAILED
-        return ResponseErrorEvent(type="error", code=str(told.code), message=message, param=told.param, sequence_number=number)
+        info = self.create_error_response(error).error
+        message = info.message if info.code < 500 or info.code == 503 else FAILED
+        return ResponseErrorEvent(type="error", code=str(info.code), message=message, param=info.param, sequence_number=number)
 
     def _fail(self, response_id: str, error: Exception) -> None:
         stored: Any = self.response_store.get(response_id)

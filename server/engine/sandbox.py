@@ -69,8 +69,8 @@ class Sandbox:
 
     def equip(self, vllm_config: Any) -> None:
         """Tell it the tokenizer and the backend: the first message."""
-        told = pickle.dumps(vllm_config)
-        self.control.sendall(len(told).to_bytes(8, "big") + told)
+        config = pickle.dumps(vllm_config)
+        self.control.sendall(len(config).to_bytes(8, "big") + config)
 
     def ask(self) -> socket.socket:
         """A connection to a new child: it reads a grammar to the end of what is sent, says READY, and answers, unless it is ended before.
@@ -90,8 +90,8 @@ def serve(control: socket.socket) -> None:
     """Fork a child for each connection that arrives, until the other side is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing stays behind a server that was killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever asks decides when this ends
-    told = _exactly(control, int.from_bytes(_exactly(control, 8), "big"))
-    manager = _manager(pickle.loads(told))  # noqa: S301  # from the process that started this one
+    config = _exactly(control, int.from_bytes(_exactly(control, 8), "big"))
+    manager = _manager(pickle.loads(config))  # noqa: S301  # from the process that started this one
     born: dict[int, float] = {}
     while True:
         if select.select([control], [], [], BRIEF / 2 if born else None)[0]:
@@ -207,12 +207,12 @@ def _follow(grammar: Any, manager: Any) -> None:
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
-    found = b""
-    while len(found) < count:
-        if not (part := connection.recv(min(count - len(found), 1 << 20))):
+    received = b""
+    while len(received) < count:
+        if not (part := connection.recv(min(count - len(received), 1 << 20))):
             os._exit(0)
-        found += part
-    return found
+        received += part
+    return received
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the engine's parts are told at the start, in a file that imports nothing heavy."""
+"""Settings of the engine client's parts, in a file that imports nothing heavy."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Shadowing: a share of the real decoder requests is replayed with the baselines, so that the ratio on the same prompts is always there."""
+"""Shadowing: a share of the real decoder requests is replayed with the baselines, so that metrics always compare them on the same prompts."""
 
 import asyncio
 import random
@@ -26,11 +26,11 @@ class Shadows:
         self.queue: asyncio.Queue[tuple[dict[str, Any], SamplingParams, MemoryChoice]] = asyncio.Queue(QUEUED)
         self.random = random.Random()  # noqa: S311
         self.salt = secrets.token_hex(16)
-        """Of all replays and of nothing else: their blocks of the prefix cache answer no client, whose own request was salted by its domain or by itself."""
+        """Prefix-cache salt of all replays and of nothing else, so that no client's request hits their blocks."""
         for domain, modes in baselines.items():
             for mode, _ in modes:
                 for outcome in ("done", "failed", "dropped"):
-                    metrics.SHADOWS.labels(mode, domain, outcome)  # there from the start, at 0
+                    metrics.SHADOWS.labels(mode, domain, outcome)  # exported from the start, at 0
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     def offer(self, prompt: Any, params: SamplingParams, domain: str) -> None:
@@ -52,24 +52,24 @@ class Shadows:
                 if outcome == "done":
                     async for _ in self.engine.generate(dict(prompt), _replayed(params, choice), f"shadow-{number}", priority=PRIORITY):
                         pass
-            except Exception:  # a baseline's failure is a figure, not a client's business
+            except Exception:  # counted, and never shown to a client
                 outcome = "failed"
             metrics.SHADOWS.labels(choice.mode, choice.domain, outcome).inc()
 
 
 def _replayed(params: SamplingParams, choice: MemoryChoice) -> SamplingParams:
     """The client's parameters for one plain answer in the baseline's mode."""
-    found = params.clone()
-    found.n, found.output_kind, found.detokenize = 1, RequestOutputKind.FINAL_ONLY, False
-    found.logprobs = found.prompt_logprobs = None
-    found.stop, found.extra_args = [], {**(params.extra_args or {}), **choice.to_extra_args(), CLIENT: BACKGROUND}
-    return found
+    replay = params.clone()
+    replay.n, replay.output_kind, replay.detokenize = 1, RequestOutputKind.FINAL_ONLY, False
+    replay.logprobs = replay.prompt_logprobs = None
+    replay.stop, replay.extra_args = [], {**(params.extra_args or {}), **choice.to_extra_args(), CLIENT: BACKGROUND}
+    return replay
 
 
 def baselines_of(retrieval: Mapping[str, float], domains: list[str]) -> Baselines:
     """What each domain is compared with: the base alone, and kNN-LM and RAG where it has a datastore (name -> lambda)."""
-    found = {}
+    baselines = {}
     for name in domains:
         more = ((KNN, retrieval[name]), (RAG, 0.0)) if name in retrieval else ()
-        found[name] = ((NONE, 0.0), *more)
-    return found
+        baselines[name] = ((NONE, 0.0), *more)
+    return baselines

@@ -13,7 +13,7 @@ _label: ContextVar[tuple[str, str] | None] = ContextVar("label", default=None)
 
 
 class MemoryAttributes(SpanProcessor):
-    """Puts the label at hand on every span that begins."""
+    """Adds the current request's label to every span that starts."""
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:  # noqa: ARG002
         """vLLM makes its span and ends it in one call, so this is the only place to add to it."""

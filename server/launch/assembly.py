@@ -1,4 +1,4 @@
-"""Engine and app put together, for `memdec serve` and for vLLM's own server alike: what either has, the other has too."""
+"""Joins engine client and app, in the same way for `memdec serve` and for vLLM's own server."""
 
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
@@ -28,7 +28,7 @@ def equip(engine: Any, settings: Settings) -> DomainUpdates | None:
     """Give a MemoryEngine its domains, RAG passages, baseline replays and metric labels; returns what changes the domains, if they may change."""
     models = settings.models
     engine.liveness.limit = settings.limits.step_timeout
-    engine.takes_priorities = not settings.baseline_sample_rate  # then the policy is there for replays alone
+    engine.takes_priorities = not settings.baseline_sample_rate  # with shadowing, priority scheduling serves the replays alone
     metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
     engine.loaded = LoadedDomains(models.domains)
     stores = {d.name: d.datastore for d in models.domains if d.datastore is not None}
@@ -53,7 +53,7 @@ def app_of(args: Namespace, settings: Settings, say_ready: Callable[[], None]) -
 
 
 def web_of(args: Namespace) -> Web:
-    """What vLLM's arguments say of the app."""
+    """The app's settings from vLLM's arguments."""
     return Web(
         partial(vllm_api.add_middleware, args=args), not args.disable_fastapi_docs, args.root_path or "",
         tuple(args.allowed_origins), args.allow_credentials, tuple(args.allowed_methods), tuple(args.allowed_headers), args.enable_tokenizer_info_endpoint,

@@ -11,11 +11,11 @@ SEVERAL = ("--tensor", "--pipeline", "--data-parallel", "-tp", "-pp", "-dp")
 
 def set_environment(words: Collection[str]) -> None:
     """Defaults that vLLM reads from the environment when it is imported; what the user has set stays."""
-    os.environ["MEMDEC_SERVING"] = "1"  # tells memdec.server.worker.plugin, in child processes, whose children they are
+    os.environ["MEMDEC_SERVING"] = "1"  # tells memdec.server.worker.plugin, in child processes, that memdec started them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # routing reaches the step through the V1 runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "16")  # answers whose tokens are told in one go; others wait
+    os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "16")  # answers whose tokens are published in one go; others wait
     wait_briefly()
     if small_cpu() and any(word.startswith(SEVERAL) for word in words):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM would give each worker a NUMA node, or cores, of its own

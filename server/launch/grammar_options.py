@@ -39,14 +39,14 @@ def _taken_out(words: list[str]) -> tuple[list[str], dict[str, Any] | None]:
         if not equals:
             value = words.pop(0) if words else ""
         try:
-            found = json.loads(value)
+            config = json.loads(value)
         except ValueError:
             if not dot:
                 return rest, None
-            found = value
-        if not dot and not isinstance(found, dict):
+            config = value
+        if not dot and not isinstance(config, dict):
             return rest, None
-        given |= {key.replace("-", "_"): found} if dot else found
+        given |= {key.replace("-", "_"): config} if dot else config
     return rest, given
 
 

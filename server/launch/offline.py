@@ -27,7 +27,7 @@ class Timed:
 
     seconds: float
     first: float
-    """Seconds to the first token, of the last of all."""
+    """Largest TTFT of the batch, in seconds."""
     tokens: list[list[int]]
 
 
@@ -70,9 +70,9 @@ class OfflineEngine:
 
     def drafts(self) -> tuple[int, list[int]]:
         """Since the start: drafts, and the tokens accepted at each position."""
-        found = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
-        if not found:
+        counters = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
+        if not counters:
             return 0, []
-        at: Any = found["vllm:spec_decode_num_accepted_tokens_per_pos"]
-        count: Any = found["vllm:spec_decode_num_drafts"]
+        at: Any = counters["vllm:spec_decode_num_accepted_tokens_per_pos"]
+        count: Any = counters["vllm:spec_decode_num_drafts"]
         return count.value, list(at.values)

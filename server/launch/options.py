@@ -151,21 +151,21 @@ def read_config(words: Sequence[str]) -> Mapping[str, Any]:
         return {}
     path = Path(dict(zip(words, [*words[1:], ""], strict=True))["--config"])
     try:
-        found = yaml.safe_load(path.read_text())
+        entries = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StartupError(f"--config {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, dict) or path.suffix not in (".yaml", ".yml"):
+    if not isinstance(entries, dict) or path.suffix not in (".yaml", ".yml"):
         raise StartupError(f"--config {path}: wanted a .yaml file of options and their values")
-    return {str(key).replace("_", "-"): value for key, value in found.items()}
+    return {str(key).replace("_", "-"): value for key, value in entries.items()}
 
 
 def _words_of(config: Mapping[str, Any]) -> list[str]:
     """Our options of a configuration file, as words."""
-    found: list[str] = []
+    line: list[str] = []
     for name, value in ((f"--{key}", value) for key, value in config.items()):
         if name in OURS and value is not False:
-            found += [name] if value is True else [f"{name}={one}" for one in _listed(value)]
-    return found
+            line += [name] if value is True else [f"{name}={one}" for one in _listed(value)]
+    return line
 
 
 def _listed(value: Any) -> list[str]:
@@ -174,11 +174,11 @@ def _listed(value: Any) -> list[str]:
 
 def _normal(argv: Sequence[str]) -> list[str]:
     """Words as vLLM's parser reads them: `_` for `-` in an option's name is the same, and so is `--config=FILE`."""
-    found: list[str] = []
+    normal: list[str] = []
     for word in argv:
         name, equals, value = word.partition("=")
         if word.startswith("--"):
             head, dot, tail = name.partition(".")
             name = f"{head.replace('_', '-')}{dot}{tail}"
-        found += [name, value] if name == "--config" and equals else [f"{name}{equals}{value}"]
-    return found
+        normal += [name, value] if name == "--config" and equals else [f"{name}{equals}{value}"]
+    return normal

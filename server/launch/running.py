@@ -85,7 +85,7 @@ async def _serve(app: FastAPI, sock: socket, args: Namespace, log_json: bool) ->
 
 
 def _logging(args: Namespace, log_json: bool) -> dict[str, Any]:
-    """What uvicorn is told of logs: vLLM's options, or to leave the JSON log as it is, whose line a request says more than uvicorn's."""
+    """uvicorn's log settings: vLLM's options; with the JSON log none, since its line for each request says more than uvicorn's."""
     if log_json:
         return {"access_log": False, "log_config": None}
     config = get_uvicorn_log_config(args)

@@ -33,9 +33,9 @@ def choose_parser(args: Namespace, base: Path) -> None:
         return
     tokenizer = load_tokenizer(base)
     template = _template(args, tokenizer)
-    found = parser_for(template)
-    args.enable_auto_tool_choice, args.tools_shown = True, found is not None and _can_be(found, tokenizer)
-    args.tool_call_parser = found if args.tools_shown else FORCED
+    parser = parser_for(template)
+    args.enable_auto_tool_choice, args.tools_shown = True, parser is not None and _can_be(parser, tokenizer)
+    args.tool_call_parser = parser if args.tools_shown else FORCED
 
 
 def parser_for(template: str) -> str | None:
@@ -61,5 +61,5 @@ def _template(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
     if args.chat_template:
         given = Path(args.chat_template)
         return given.read_text() if given.is_file() else str(args.chat_template)
-    found = tokenizer.chat_template
-    return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+    template = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""

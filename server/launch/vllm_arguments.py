@@ -111,7 +111,7 @@ def fill(args: Namespace, line: CommandLine, settings: Settings) -> None:
 
 
 def _refuse(args: Namespace, line: CommandLine) -> None:
-    """Values that memories can't have."""
+    """Refuse values of vLLM's options that don't work with memory decoders."""
     if (args.api_server_count or 1) > 1 and not line.options.print_vllm:
         raise StartupError(
             f"--api-server-count {args.api_server_count}: wanted 1; start several servers behind a load balancer, or see --print-vllm"
@@ -140,7 +140,7 @@ FAIR = "memdec.server.worker.fair.fair_scheduler"  # not imported: it is the eng
 
 
 def _fill_engine(args: Namespace, settings: Settings, given: Collection[str]) -> None:
-    """What an engine of ours needs otherwise than vLLM's defaults."""
+    """Replace vLLM's defaults where this server needs other values."""
     on_cpu = not torch.cuda.is_available()
     if on_cpu and not args.enforce_eager and os.environ.get("TORCH_COMPILE_DISABLE") != "1":
         require_compiler()

@@ -12,7 +12,7 @@ MODES = (DECODER, KNN, RAG, NONE)
 
 @dataclass(frozen=True)
 class Datastore:
-    """What a domain's retrieval baselines, kNN-LM and RAG, need to say of themselves."""
+    """A domain's datastore, which serves its retrieval baselines kNN-LM and RAG."""
 
     path: str
     lam: float
@@ -23,7 +23,7 @@ class Datastore:
     revision: str
 
     def to_json(self) -> dict[str, Any]:
-        """Its part of an entry of /v1/domains."""
+        """The `datastore` object of an entry of /v1/domains."""
         return {"entries": self.entries, "lambda": self.lam, "size_bytes": self.size, "revision": self.revision}
 
 
@@ -47,14 +47,14 @@ class Domain:
     datastore: Datastore | None = None
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "Domain":
+    def of(cls, entry: Mapping[str, Any]) -> "Domain":
         """From what `dataclasses.asdict` made of one."""
-        store = told["datastore"]
-        return cls(**{**told, "datastore": Datastore(**store) if store is not None else None})
+        store = entry["datastore"]
+        return cls(**{**entry, "datastore": Datastore(**store) if store is not None else None})
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """What a request may ask for."""
+        """Modes that requests may name."""
         return MODES if self.datastore is not None else (DECODER, NONE)
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Domains:
-    """All of them, beside the base model they extend."""
+    """The base model's name and all domains that extend it."""
 
     base: str
     """The name the base is served under."""
@@ -106,7 +106,7 @@ class Domains:
         return f"{self.base}:{domain.name}"
 
     def only(self, allowed: Callable[[str], bool]) -> "Domains":
-        """What a client sees that may use some domains alone."""
+        """The domains that an API key may use; the others are withheld."""
         kept = tuple(d for d in self.all if allowed(d.name))
         return replace(self, all=kept, withheld=frozenset(self.names) - {d.name for d in kept})
 

@@ -15,7 +15,7 @@ LONGEST_STRIDE = 1_000_000  # tokens; more than any context, so the same as once
 
 @dataclass(frozen=True)
 class Selection:
-    """What one request gets."""
+    """Domain, mode and lambda of one request."""
 
     domain: Domain | None
     mode: str
@@ -38,7 +38,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Given:
-    """One value as a client gave it, and where: for messages."""
+    """A value that a client gave, and its source, for error messages."""
 
     value: Any
     source: str
@@ -67,15 +67,15 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
         return Selection(domain, mode, 0.0, stride)
     default = domain.datastore.lam if mode == KNN and domain.datastore is not None else domain.lam
     used = default if lam is None else lam
-    return Selection(domain, mode if used else NONE, used)  # lambda 0 is the base alone, whatever else was named: so the answer says
+    return Selection(domain, mode if used else NONE, used)  # lambda 0 is the base alone, so the response headers say mode none
 
 
 def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> list[Given]:
     """Everything that sets a field. JSON null means not given, as everywhere in OpenAI's API."""
-    found = [Given(value, f"header X-{field.capitalize()}") for value in headers.get(f"x-{field}", ())]
+    values = [Given(value, f"header X-{field.capitalize()}") for value in headers.get(f"x-{field}", ())]
     if body.get(field) is not None:
-        found.append(Given(body[field], f"body field {field}"))
-    return found
+        values.append(Given(body[field], f"body field {field}"))
+    return values
 
 
 def _domain(domains: Domains, given: list[Given]) -> Domain | None:

@@ -8,7 +8,7 @@ from memdec.server.errors import RequestError
 from memdec.server.routing.selection import FIELDS, STRIDE
 
 NAMES = (*FIELDS, STRIDE)
-SHORT = {"lam": "lambda", "λ": "lambda"}  # what shares too few letters with the name
+SHORT = {"lam": "lambda", "λ": "lambda"}  # skips names that share too few letters
 ALIKE = 0.75  # difflib's ratio: one for the same letters
 LOOKED_AT = 64  # unknown names in a request; comparing one takes up to some 100 µs
 

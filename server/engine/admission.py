@@ -9,7 +9,7 @@ from itertools import count
 from memdec.server.errors import QueueFull, RequestError, TooManyRequests
 
 NOBODY = ""
-"""Share of the scheduler for requests without a key or address to tell them apart."""
+"""The one fair share of all requests for a single choice, where there are no API keys."""
 _numbers = count(1)
 
 

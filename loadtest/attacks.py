@@ -1,4 +1,4 @@
-"""Attacks on a running server, by hand: what a client on the wire can try, and how long `/health` takes meanwhile.
+"""Attack a running server as a malicious client could, and measure how long `/health` takes meanwhile.
 
     python loadtest/attacks.py http://127.0.0.1:8000 [--key KEY] [--only NAME …]
 
@@ -41,12 +41,12 @@ class Target:
         return parts.hostname or "", parts.port or 80
 
     def head(self, path: str, *lines: str, key: bool = True) -> bytes:
-        """A POST's head without its last line."""
+        """The head of a POST request, without the blank line that ends it."""
         credentials = [f"Authorization: Bearer {self.key}"] if self.key and key else []
         return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *credentials, *lines, ""]).encode()
 
     def connect(self, receive: int | None = None) -> socket.socket:
-        """A connection; `receive`: bytes that it buffers."""
+        """Open a connection; `receive`: size of its receive buffer in bytes."""
         connection = socket.socket()
         if receive is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
@@ -62,7 +62,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """What an attack came to."""
+    """The result of an attack."""
 
     attack: str
     outcome: str
@@ -72,14 +72,14 @@ class Row:
 
 
 class Health(threading.Thread):
-    """Asks `/health` all the while."""
+    """Thread that polls `/health` during an attack."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(daemon=True)
         self.target, self.worst, self.over = target, 0.0, threading.Event()
 
     def run(self) -> None:
-        """Until it is over; an answer that doesn't come counts as its whole wait."""
+        """Poll until `over` is set; a request that fails counts as WAIT seconds."""
         with httpx.Client(base_url=self.target.url, timeout=WAIT) as client:
             while not self.over.wait(EVERY):
                 began = time.monotonic()
@@ -92,7 +92,7 @@ class Health(threading.Thread):
 
 
 def send(connection: socket.socket, pieces: list[bytes]) -> int:
-    """Send until the server has enough; returns the bytes that it took."""
+    """Send the pieces until the server closes the connection; returns the bytes it accepted."""
     taken = 0
     try:
         for piece in pieces:
@@ -104,7 +104,7 @@ def send(connection: socket.socket, pieces: list[bytes]) -> int:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """All that comes until the server ends, or resets, or says nothing for `WAIT` seconds."""
+    """Receive until the server closes or resets the connection, or sends nothing for WAIT seconds."""
     answer = b""
     try:
         while piece := connection.recv(1 << 16):
@@ -115,7 +115,7 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def status(answer: bytes) -> int:
-    """An answer's status; 0: none came."""
+    """Status code of a response; 0 if there is none."""
     return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
 
 
@@ -172,7 +172,7 @@ def pipelined_requests(target: Target) -> tuple[str, bool]:
 
 
 def idle_connections(target: Target) -> tuple[str, bool]:
-    """500 connections that say nothing or half a line, while somebody asks."""
+    """500 connections that send nothing or half a request line, and one ordinary request meanwhile."""
     with ExitStack() as stack:
         for number in range(500):
             connection = stack.enter_context(target.connect())
@@ -182,7 +182,7 @@ def idle_connections(target: Target) -> tuple[str, bool]:
 
 
 def unread_streams(target: Target) -> tuple[str, bool]:
-    """200 streams that nobody reads."""
+    """200 streamed completions whose clients don't read, and one ordinary request meanwhile."""
     body = json.dumps({"prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True, "logprobs": 5}).encode()
     with ExitStack() as stack:
         for _ in range(200):
@@ -193,7 +193,7 @@ def unread_streams(target: Target) -> tuple[str, bool]:
 
 
 def websockets(target: Target) -> tuple[str, bool]:
-    """100 wishes to speak another protocol, then frames of it."""
+    """100 requests to upgrade to WebSocket, each followed by frames."""
     lines = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13", "Content-Length: 2")
     codes: Counter[int] = Counter()
     for _ in range(100):
@@ -217,7 +217,7 @@ HEAVY: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def heavy_bodies(target: Target) -> tuple[str, bool]:
-    """Bodies that the limit lets through, and that cost much before the engine has seen them; errors that quote them."""
+    """Bodies within the limit that are expensive to parse or tokenize, or that an error message would quote in full."""
     largest, lost = 0, False
     for path, body in HEAVY.values():
         answer = target.post(path, {"max_tokens": 1, **body} if path.startswith("/v1") else body)
@@ -234,7 +234,7 @@ ATTACKS: list[Callable[[Target], tuple[str, bool]]] = [
 
 
 def carry_out(target: Target, attack: Callable[[Target], tuple[str, bool]], slowest: float) -> Row:
-    """One attack. Its function returns what came of it and whether the server lost; so does a `/health` over `slowest` seconds."""
+    """Run one attack. It is lost if its function says so, or if a `/health` takes more than `slowest` seconds."""
     health = Health(target)
     health.start()
     try:

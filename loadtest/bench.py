@@ -39,7 +39,7 @@ Spread = dict[str, float]
 
 
 class Engine:
-    """A process that answers batches; see bench_engine.py."""
+    """An engine in a process of its own, which answers batches; see bench_engine.py."""
 
     def __init__(self, log: Path, **job: Any) -> None:
         self.process = subprocess.Popen(
@@ -50,7 +50,7 @@ class Engine:
         self.ask(**job)
 
     def ask(self, **job: Any) -> dict[str, Any]:
-        """One line in, one line out."""
+        """Send a batch as a JSON line and return its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -62,7 +62,7 @@ class Engine:
         return answer
 
     def close(self) -> None:
-        """End it, and give its memory back."""
+        """Stop the process, so that its memory is free."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(30)
@@ -119,7 +119,7 @@ def make(folder: Path, shape: dict[str, int]) -> int:
 
 
 def large(args: argparse.Namespace, decoder: str | None = None, domains: int = 0) -> Engine:
-    """vLLM on the random base, with so many domains."""
+    """vLLM on the random base, with `domains` copies of a decoder."""
     decoders = {f"d{i}": str(args.work / str(decoder)) for i in range(domains)}
     return Engine(
         args.work / "engines.log", kind="vllm", base=str(args.work / "base"), architecture="Qwen2ForCausalLM", decoders=decoders, dtype="bfloat16",
@@ -154,7 +154,7 @@ def against(base: list[float], own: list[float]) -> Spread:
 
 
 def shapes(args: argparse.Namespace) -> dict[str, Any]:
-    """Part 1: batch -> what was asked -> milliseconds and ratio to plain vLLM of the same round."""
+    """Part 1, random models: by batch and kind of request, milliseconds and ratio to plain vLLM in the same round."""
     engines = {
         "plain": large(args), "37M": large(args, "37M", 4), "0.1B": large(args, "0.1B", 2),
         "reference": Engine(args.work / "engines.log", kind="reference", base=str(args.work / "base"), decoder=str(args.work / "37M")),
@@ -217,7 +217,7 @@ def real_prompts(folder: Path | None, count: int, tokens: int) -> dict[str, list
 
 
 def embedded(args: argparse.Namespace) -> dict[str, Any]:
-    """Part 2: the models of the repository, as they are served."""
+    """Part 2: the embedded models, as they are served."""
     prompts = real_prompts(args.prompts, 32, 64)
     lams = {d: json.loads((ZOO / d / "memory_decoder.json").read_text())["lambda"] for d in prompts}
     decoders = {d: str(ZOO / d) for d in prompts}
@@ -290,7 +290,7 @@ def shares(row: dict[str, Any]) -> list[float]:
 
 
 def loaded(args: argparse.Namespace) -> dict[str, Any]:
-    """Part 3: domains that are loaded and not asked for."""
+    """Part 3: one active domain while others are loaded and idle."""
     engines = {n: large(args, "37M", n) for n in LOADED}
     times: dict[int, list[float]] = {n: [] for n in LOADED}
     memory = {n: resident(engine.process.pid) for n, engine in engines.items()}

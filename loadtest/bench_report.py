@@ -1,4 +1,4 @@
-"""What `make bench` found, for people: ratios, markdown, plot."""
+"""The report of `make bench`: ratios, markdown, plot."""
 
 from pathlib import Path
 from typing import Any

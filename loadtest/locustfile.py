@@ -1,4 +1,4 @@
-"""Locust users of a running memdec server, and what they see: time to first token and inter-token latency by mode and domain.
+"""Locust users of a memdec server; they measure time to first token and inter-token latency by mode and domain.
 
     locust -f loadtest/locustfile.py --host http://127.0.0.1:8000 --headless -u 4 -t 30s
 
@@ -37,7 +37,7 @@ PROMPTS = {
 CHATS = ("What is the result?", "Tell me about the method.", "Explain this.")
 numbers = itertools.count()
 samples: dict[str, list[float]] = {}
-"""Raw milliseconds by `<mode> <domain> <what>`; locust's own histograms are whole milliseconds, and of requests."""
+"""Milliseconds by `<mode> <domain> <what>`. Locust's own histograms have whole milliseconds, and no latencies within a stream."""
 
 
 @events.init_command_line_parser.add_listener
@@ -53,7 +53,7 @@ def options(parser: Any) -> None:
 
 @events.init.add_listener
 def report_latencies(environment: Any, **_: Any) -> None:
-    """Latencies inside of streams are no requests: locust's statistics, and their aggregated row, stay what was asked and answered."""
+    """Collect latencies within streams apart from locust's statistics, which count requests."""
 
     def to_master(data: dict[str, Any], **_: Any) -> None:
         data["latencies"] = dict(samples)
@@ -73,7 +73,7 @@ def report_latencies(environment: Any, **_: Any) -> None:
 
 
 def write_latencies(options: Any) -> None:
-    """Print them, and leave them as `<prefix>_latencies.csv` beside locust's files, and raw, for whoever asked for that."""
+    """Print the latencies; with `--csv` write them to `<prefix>_latencies.csv`, with `--samples` all values as JSON."""
     rows: list[tuple[Any, ...]] = [
         (name, len(values), statistics.fmean(values), *percentiles(values)) for name, values in sorted(samples.items())
     ]
@@ -97,7 +97,7 @@ class MemdecUser(FastHttpUser):
     """One client, one request at a time."""
 
     def on_start(self) -> None:
-        """Ask what there is to choose from; each user has its own seeded sequence."""
+        """Fetch the offered domains and modes, and seed this user's random sequence."""
         chosen = self.environment.parsed_options
         self.random = random.Random(f"{chosen.mix_seed} {next(numbers)}")
         wanted = chosen.modes.split(",")
@@ -114,7 +114,7 @@ class MemdecUser(FastHttpUser):
         return max(0.0, self.due - time.perf_counter())
 
     def body(self) -> tuple[str, dict[str, Any]]:
-        """Mode and domain, and a request's fields."""
+        """Draw a mode and domain; returns their label and the fields of a request."""
         mode, domain = self.random.choice(self.choices)
         fields: dict[str, Any] = {"max_tokens": self.environment.parsed_options.answer_tokens, "ignore_eos": True, "temperature": 0.8}
         fields["seed"] = self.random.randrange(1 << 30)
@@ -123,7 +123,7 @@ class MemdecUser(FastHttpUser):
         return f"{mode} {domain}", fields
 
     def prompt(self, label: str) -> str:
-        """A beginning that suits the domain."""
+        """Draw a prompt of the label's domain."""
         return self.random.choice(PROMPTS.get(label.split()[1], PROMPTS["none"]))
 
     @task(3)
@@ -150,7 +150,7 @@ class MemdecUser(FastHttpUser):
         self.read("/v1/chat/completions", label, {**fields, "messages": messages, "stream": True})
 
     def read(self, path: str, label: str, body: dict[str, Any]) -> None:
-        """Read a stream, and take the time of every event that brings tokens."""
+        """Read a stream, and record the latency of every event that holds tokens."""
         started = last = time.perf_counter()
         first = True
         kind = "chat" if "chat" in path else "streamed"
@@ -178,5 +178,5 @@ class MemdecUser(FastHttpUser):
 
 
 def took(label: str, what: str, seconds: float) -> None:
-    """Keep one latency."""
+    """Record one latency."""
     samples.setdefault(f"{label} {what}", []).append(round(1000 * seconds, 3))

@@ -1,4 +1,4 @@
-"""`make loadtest`: start a server, load it with locust, and write what was seen to loadtest/results/.
+"""`make loadtest`: start a server, load it with locust, and write the measurements to loadtest/results/.
 
 Two parts, each against a fresh server: a mix of all modes and domains arriving as a Poisson process, and one mode at a time at concurrency 1 to 32.
 Writes results.json, report.md, latency.png, concurrency.png and locust's CSV files; prints one JSON line last.
@@ -70,7 +70,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def server(command: list[str], out: Path) -> Iterator[str]:
-    """A `memdec serve` of these arguments on a free port."""
+    """Run `memdec serve` with these arguments on a free port; yields its URL once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

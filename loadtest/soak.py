@@ -1,4 +1,4 @@
-"""A soak: mixed load on one server for as long as is asked, with clients that leave, read slowly and send nonsense, to see whether memory stays flat.
+"""A soak test: hours of mixed load on one server, with clients that disconnect, read slowly or send invalid bodies, to see whether memory stays flat.
 
     python loadtest/soak.py --minutes 120 -- decoders/zoo/base --decoder python=decoders/zoo/python --dtype float32 --enforce-eager
 
@@ -77,14 +77,14 @@ async def soak(url: str, seconds: float, clients: int) -> list[dict[str, Any]]:
 
 
 async def warm_up(client: httpx.AsyncClient, modes: list[dict[str, Any]]) -> None:
-    """Steps of every number of tokens: the engine keeps what it has prepared for each, on a CPU some megabytes, and that is no leak."""
+    """Send a prompt of every length: the engine caches megabytes per step size on a CPU, which would look like a leak."""
     for fields in modes:
         for length in range(1, LENGTHS):
             await client.post("/v1/completions", json={**fields, "prompt": [5 + length % 3] * length, "max_tokens": 1})
 
 
 async def use(client: httpx.AsyncClient, modes: list[dict[str, Any]], dice: random.Random, ends: float, counts: Counter[str]) -> None:
-    """One client: mostly streams and plain answers, some that are left, some read slowly, some nonsense."""
+    """One client: mostly complete requests; some are abandoned, some read slowly, some invalid."""
     while time.monotonic() < ends:
         kind = dice.choices(("stream", "plain", "chat", "leave", "slow", "wrong"), (30, 30, 15, 15, 5, 5))[0]
         fields = {
@@ -130,7 +130,7 @@ async def request(client: httpx.AsyncClient, kind: str, fields: dict[str, Any], 
 
 
 async def idle(client: httpx.AsyncClient) -> dict[str, float]:
-    """What the engine still holds once all clients have gone."""
+    """Requests and KV cache that the engine still holds after all clients have gone."""
     await asyncio.sleep(5)
     page = (await client.get("/metrics")).text
     held = {}
@@ -161,7 +161,7 @@ def family(pid: int) -> list[int]:
 
 
 def names(pid: int) -> list[str]:
-    """What the columns of memory are called."""
+    """Column names of the memory table."""
     return [f"process {number}" for number, _ in enumerate(family(pid), 1)]
 
 

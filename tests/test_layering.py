@@ -19,6 +19,7 @@ ROOMS = (
     "server/model",
     "server/retrieval",
     "server/routing",
+    "server/seams",
     "decoders/study",
     "decoders",
     READING,

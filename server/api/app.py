@@ -22,6 +22,7 @@ from memdec.server.engine import openai_layer as vllm_api
 from memdec.server.engine.domain_updates import DomainUpdates
 from memdec.server.engine.loaded_domains import LoadedDomains, Snapshot
 from memdec.server.errors import MemdecError
+from memdec.server.in_place import overwrite
 
 METHOD_NOT_ALLOWED = 405
 
@@ -101,7 +102,7 @@ def inform(state: Any, settings: Settings, loaded: LoadedDomains, updates: Domai
     vllm_api.build_later(state)
     vllm_api.limit_tokens(state, limits.max_prompt_tokens, limits.max_output_tokens)
     # Answers carry the model name that the client asked for, alias included.
-    state.openai_serving_models.model_name = lambda _lora=None: completions.asked_model.get() or base
+    overwrite(state.openai_serving_models, "model_name", lambda _lora=None: completions.asked_model.get() or base)
 
 
 def _name_models(state: Any, _: Snapshot, snapshot: Snapshot) -> None:

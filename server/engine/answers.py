@@ -21,6 +21,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from memdec.server.choice import SCORED
 from memdec.server.engine.answer_streams import Outputs, finish_apart, one_by_one, token_by_token
 from memdec.server.engine.answer_tokens import Place, bytes_of, names_of
+from memdec.server.in_place import become
 
 SPLIT = "one_event_per_token"  # a field of stream_options
 UNSCORED = Logprob(0.0)  # of a prompt's first token, which has no text yet either
@@ -29,8 +30,8 @@ LEAST = -9999.0  # JSON has no minus infinity; vLLM's, and OpenAI's, number for 
 
 def put_right(state: Any) -> None:
     """Give the serving objects that vLLM has made the classes of this file."""
-    state.openai_serving_completion.__class__ = Completions
-    state.openai_serving_chat.__class__ = Chats
+    become(state.openai_serving_completion, Completions)
+    become(state.openai_serving_chat, Chats)
 
 
 class Completions(OpenAIServingCompletion):

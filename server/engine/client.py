@@ -25,6 +25,7 @@ from memdec.server.engine.sandbox import Sandbox
 from memdec.server.engine.shadows import Shadows
 from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError, ShuttingDown
+from memdec.server.in_place import become, overwrite, require
 from memdec.server.metrics import NO_LABEL, Timings
 from memdec.server.model.timing import PARTS
 from memdec.server.retrieval.rag import PassageFinder, added
@@ -108,12 +109,13 @@ class MemoryEngine(AsyncLLM):
 
     def equip(self) -> None:
         """Add to an AsyncLLM what MemoryEngine needs: grammars, admission, liveness, and metrics of its domains."""
+        require(self, "output_handler")  # shutdown, which also ends what was half made, must do without
         spec = CompositeSpec.of(self.vllm_config.model_config.hf_config)
         decoders, datastores = (spec.decoders, spec.datastores) if spec is not None else ((), ())
         # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
-        self.input_processor.speculative_config = None
+        overwrite(self.input_processor, "speculative_config", None)
         # vLLM would convert grammars in the event loop: the sandbox does, and add_request waits for it.
-        self.input_processor.structured_outputs_config = None
+        overwrite(self.input_processor, "structured_outputs_config", None)
         self.grammars = Grammars(self.vllm_config, self.sandbox)
         self.has_memories = bool(decoders)
         self.admitting: Counter[int] = Counter()
@@ -126,7 +128,7 @@ class MemoryEngine(AsyncLLM):
         self.liveness.watch(self.engine_core)
         tracing.install()
         # The output loop holds on to this object, so it can't be replaced by another.
-        self.output_processor.__class__ = TimedOutputProcessor
+        become(self.output_processor, TimedOutputProcessor)
         retrieved = [(mode, entry.name) for entry in datastores for mode in (KNN, RAG)]
         self.output_processor.timings = Timings([(mode, entry.name) for entry in decoders for mode in (DECODER, NONE)] + retrieved)
 

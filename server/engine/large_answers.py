@@ -19,6 +19,8 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancell
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
+from memdec.server.in_place import overwrite
+
 LARGE = 2000  # tokens and log-probabilities of an answer: some ten milliseconds
 
 
@@ -89,8 +91,8 @@ def build_later(state: Any) -> None:
             return await full(request, _only(final), *args, **kwargs)
         return Unbuilt(lambda: asyncio.run(full(request, _only(final), *args, **kwargs)))
 
-    completion.request_output_to_completion_response = completed
-    chat.chat_completion_full_generator = chatted
+    overwrite(completion, "request_output_to_completion_response", completed)
+    overwrite(chat, "chat_completion_full_generator", chatted)
 
 
 def size(output: Any) -> int:

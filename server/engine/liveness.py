@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from memdec.server.in_place import overwrite
+
 
 class Liveness:
     """Since when each engine of this server owes a step: since its last one, or since it was given work."""
@@ -45,14 +47,13 @@ class Liveness:
             self.stepped(outputs.engine_index)
             return outputs
 
-        client.get_output_async = watched
+        overwrite(client, "get_output_async", watched)
 
 
 def engines_with_work(client: Any, unfinished: int) -> set[int]:
     """Numbers of the engines that have some of the unfinished requests: only vLLM's load-balancing client has several, and knows who has which."""
     if not unfinished:
         return set()
-    given = getattr(client, "reqs_in_flight", None)
-    if given is None:
+    if len(client.engine_ranks_managed) == 1:
         return {client.engine_ranks_managed[0]}
-    return {int.from_bytes(identity, "little") for identity in given.values()}
+    return {int.from_bytes(identity, "little") for identity in client.reqs_in_flight.values()}

@@ -10,6 +10,7 @@ from vllm.entrypoints.serve.exception_handling.handlers import http, validation
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
 from memdec.server.errors import cut
+from memdec.server.in_place import overwrite
 
 LONGEST_MESSAGE = 1500  # characters
 TOKENISERS = 2  # threads: a client that tokenises megabytes keeps these busy, and nothing else
@@ -21,7 +22,7 @@ def cut_messages() -> None:
     Not needed once vLLM's `sanitize_message` takes linear time, or cuts first.
     """
     for module in (error_response, http, validation):
-        module.sanitize_message = lambda message: sanitize_message(cut(message, LONGEST_MESSAGE))
+        overwrite(module, "sanitize_message", lambda message: sanitize_message(cut(message, LONGEST_MESSAGE)))
 
 
 def tokenise_in_threads(state: Any) -> None:
@@ -39,5 +40,5 @@ def tokenise_in_threads(state: Any) -> None:
 
         return created
 
-    serving.create_tokenize = threaded(serving.create_tokenize)
-    serving.create_detokenize = threaded(serving.create_detokenize)
+    overwrite(serving, "create_tokenize", threaded(serving.create_tokenize))
+    overwrite(serving, "create_detokenize", threaded(serving.create_detokenize))

@@ -10,9 +10,12 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
+from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.responses import serving as responses_serving
 from vllm.entrypoints.openai.responses.api_router import cancel_responses, create_responses, retrieve_responses
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -29,6 +32,7 @@ from memdec.server.engine.answers import put_right
 from memdec.server.engine.grammars import asking
 from memdec.server.engine.large_answers import build_later, create_chat_completion, create_completion
 from memdec.server.engine.responses import MemoryResponses
+from memdec.server.in_place import become, overwrite
 
 __all__ = [
     "BaseModelPath",
@@ -71,12 +75,12 @@ def add_middleware(app: Starlette, args: Namespace) -> None:
     """
     left_out = {"api_key": [""], "enable_request_id_headers": False}  # None in the place of [""] would mean VLLM_API_KEY
     init_entrypoints_middleware(Namespace(**{**vars(args), **left_out}), app, ("generate",))
-    app.user_middleware[:] = [layer for layer in app.user_middleware if getattr(layer, "cls", None) is not CORSMiddleware]
+    app.user_middleware[:] = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
 
 
 def equip_responses(state: Any) -> None:
     """Turn vLLM's serving object of /v1/responses into ours."""
-    state.openai_serving_responses.__class__ = MemoryResponses
+    become(state.openai_serving_responses, MemoryResponses)
 
 
 def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
@@ -100,11 +104,12 @@ def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
         return rendered
 
     completion, chat, responses = state.openai_serving_completion, state.openai_serving_chat, state.openai_serving_responses
-    completion.render_completion_request = limited(completion.render_completion_request, "prompt")
-    chat.render_chat_request = limited(chat.render_chat_request, "messages")
-    responses.online_renderer.render_responses = limited(responses.online_renderer.render_responses, "input")
+    overwrite(completion, "render_completion_request", limited(completion.render_completion_request, "prompt"))
+    overwrite(chat, "render_chat_request", limited(chat.render_chat_request, "messages"))
+    overwrite(responses.online_renderer, "render_responses", limited(responses.online_renderer.render_responses, "input"))
     for serving in (completion, chat, responses):
-        serving.override_max_tokens = min((n for n in (serving.override_max_tokens, output) if n is not None), default=None)
+        least = min((n for n in (serving.override_max_tokens, output) if n is not None), default=None)
+        overwrite(serving, "override_max_tokens", least)
 
 
 def _prompts(rendered: Any) -> Any:
@@ -120,5 +125,5 @@ def log_no_client_errors() -> None:
     def ours(record: logging.LogRecord) -> bool:
         return record.exc_info is None or not isinstance(record.exc_info[1], VLLMClientError | GracefulHTTPError | CancelledError)
 
-    for name in ("completion", "chat_completion", "responses"):
-        logging.getLogger(f"vllm.entrypoints.openai.{name}.serving").addFilter(ours)
+    for module in (completion_serving, chat_serving, responses_serving):
+        module.logger.addFilter(ours)

@@ -15,6 +15,7 @@ from memdec.server.api.app import inform
 from memdec.server.api.protocol import BoundedHttp
 from memdec.server.api.settings import Settings
 from memdec.server.engine.client import MemoryEngine
+from memdec.server.in_place import become, overwrite
 from memdec.server.launch.assembly import app_of, equip
 from memdec.server.launch.vllm_command import require_one_process, settings_of
 
@@ -40,11 +41,11 @@ class MemoryRoutes:
         vLLM's launcher serves the app that it has built. A hook that returns another would spare us taking its stack's place, and one for
         uvicorn's options the last line.
         """
-        engine_client.__class__ = MemoryEngine
+        become(engine_client, MemoryEngine)
         engine_client.equip()
         updates = equip(engine_client, self.settings)
         inform(state, self.settings, engine_client.loaded, updates)
         ours = app_of(args, self.settings, say_ready=lambda: None)
         ours.state = self.vllms.state
-        self.vllms.middleware_stack = ours
-        uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedHttp  # type: ignore[assignment, misc]
+        overwrite(self.vllms, "middleware_stack", ours)
+        overwrite(uvicorn.protocols.http.auto, "AutoHTTPProtocol", BoundedHttp)

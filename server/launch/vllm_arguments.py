@@ -25,13 +25,6 @@ from memdec.server.worker.draft_length import drafting
 
 SHUTDOWN_TIMEOUT = 30  # seconds that running requests get at SIGTERM, unless --shutdown-timeout says otherwise
 SAFE_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
-UNSUPPORTED = {  # what the model is like, and the attribute by which vLLM's classes say so
-    "has state-space layers": "is_hybrid",
-    "has no attention": "is_attention_free",
-    "keeps recurrent state": "has_inner_state",
-    "takes images or sound": "supports_multimodal",
-    "is a pooling model": "is_pooling_model",
-}
 
 
 def parse_vllm(words: Sequence[str]) -> Namespace:
@@ -208,7 +201,15 @@ def worker_class() -> str:
 def require_supported(models: Models) -> None:
     """Raise StartupError if vLLM doesn't know an architecture, or if it is of a kind that can't be part of a composite."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models import interfaces, interfaces_base
 
+    unsupported = {
+        "has state-space layers": interfaces.is_hybrid,
+        "has no attention": interfaces.is_attention_free,
+        "keeps recurrent state": interfaces.has_inner_state,
+        "takes images or sound": interfaces.supports_multimodal,
+        "is a pooling model": interfaces_base.is_pooling_model,
+    }
     known = set(ModelRegistry.get_supported_archs())
     wanted = {models.architecture: str(models.base)}
     for domain in models.domains:
@@ -217,6 +218,6 @@ def require_supported(models: Models) -> None:
         if architecture not in known:
             raise StartupError(f"{owner}: vLLM has no architecture {architecture!r}")
         model = ModelRegistry.models[architecture].load_model_cls()
-        for kind, flag in UNSUPPORTED.items():
-            if getattr(model, flag, False):
+        for kind, is_such in unsupported.items():
+            if is_such(model):
                 raise StartupError(f"{owner}: {architecture} {kind}, which memory decoders don't work with yet")

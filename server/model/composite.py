@@ -27,6 +27,7 @@ from vllm.platforms import current_platform
 from memdec.decoders.reading.retrieval import RetrievalPackage
 from memdec.decoders.reading.tokenizer import trusted
 from memdec.server.composite_spec import spec_of
+from memdec.server.in_place import overwrite
 from memdec.server.model.attention import share_attention
 from memdec.server.model.mixing import mix
 from memdec.server.model.packing import pack, unpack
@@ -97,7 +98,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         if unfit is None:
             return found
         logger.warning("full CUDA graphs are off: decoders with %s can't be stacked", unfit)
-        config.cudagraph_mode = CUDAGraphMode.PIECEWISE if mode.has_piecewise_cudagraphs() else CUDAGraphMode.NONE
+        overwrite(config, "cudagraph_mode", CUDAGraphMode.PIECEWISE if mode.has_piecewise_cudagraphs() else CUDAGraphMode.NONE)
         return None
 
     def wrap(self, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -127,13 +128,13 @@ class MemoryDecoderForCausalLM(nn.Module):
         beside = copy.copy(vllm_config)
         if not current_platform.is_cpu():  # not tried
             beside = uncompiled(beside)
-        beside.quant_config = None
+        overwrite(beside, "quant_config", None)
         # Attention layers that aren't told otherwise take the window from here, where vLLM has put the base's.
-        beside.cache_config = copy.copy(vllm_config.cache_config)
+        overwrite(beside, "cache_config", copy.copy(vllm_config.cache_config))
         text_config = memory_config.get_text_config()
         kinds = getattr(text_config, "layer_types", None)  # vLLM's own rule: models of mixed kinds tell each layer themselves
         sliding = kinds is None or all(kind == "sliding_attention" for kind in kinds)
-        beside.cache_config.sliding_window = getattr(text_config, "sliding_window", None) if sliding else None
+        overwrite(beside.cache_config, "sliding_window", getattr(text_config, "sliding_window", None) if sliding else None)
         return beside
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -256,9 +257,9 @@ class MemoryDecoderForCausalLM(nn.Module):
 def uncompiled(config: VllmConfig) -> VllmConfig:
     """The same configuration for a model that runs eagerly."""
     found = copy.copy(config)
-    found.compilation_config = copy.copy(config.compilation_config)
-    found.compilation_config.mode = CompilationMode.NONE
-    found.compilation_config.custom_ops = ["all"]
+    overwrite(found, "compilation_config", copy.copy(config.compilation_config))
+    overwrite(found.compilation_config, "mode", CompilationMode.NONE)
+    overwrite(found.compilation_config, "custom_ops", ["all"])
     return found
 
 

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 
 from vllm.distributed import parallel_state
 
+from memdec.server.in_place import overwrite
+
 
 @contextmanager
 def replicated() -> Iterator[None]:
     """Have layers that are made meanwhile be whole on every rank."""
     sharded = parallel_state.get_tp_group()
-    parallel_state._TP = parallel_state.get_pp_group()  # pipelines are refused, so this is a group of one
+    overwrite(parallel_state, "_TP", parallel_state.get_pp_group())  # pipelines are refused, so this is a group of one
     try:
         yield
     finally:
-        parallel_state._TP = sharded
+        overwrite(parallel_state, "_TP", sharded)

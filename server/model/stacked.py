@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.triton_utils import HAS_TRITON
 
+from memdec.server.in_place import overwrite
 from memdec.server.model.attention import share_attention
 
 FEW = 4  # tokens up to which each is a block of its own: cheaper than to sort them
@@ -88,7 +89,7 @@ class StackedTower:
             if not own:
                 continue
             if isinstance(layer, LinearBase | VocabParallelEmbedding):
-                layer.quant_method = PickedProduct(self, own["weight"], own.get("bias"))
+                overwrite(layer, "quant_method", PickedProduct(self, own["weight"], own.get("bias")))
             elif type(layer) in PICKED:
                 parent, _, child = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, PICKED[type(layer)](self, layer, own))
@@ -166,7 +167,8 @@ class PickedRMSNorm(nn.Module):
 
     def __init__(self, tower: StackedTower, layer: Any, own: dict[str, str]) -> None:
         super().__init__()
-        layer.pass_weight = layer.pass_weight_add = False
+        overwrite(layer, "pass_weight", False)
+        overwrite(layer, "pass_weight_add", False)
         self.plain, self.tower, self.own = layer, tower, own
         self.variance_epsilon = layer.variance_epsilon
 

@@ -18,6 +18,7 @@ from vllm.forward_context import override_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from memdec.server.in_place import overwrite
 from memdec.server.model.routing import NONE_KNOWN
 from memdec.server.worker.draft_length import DraftLengths
 from memdec.server.worker.fair import FairScheduler
@@ -28,7 +29,7 @@ class DraftingScheduler(FairScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.num_lookahead_tokens = self.num_spec_tokens  # vLLM reserves none for a proposer of its users'
+        overwrite(self, "num_lookahead_tokens", self.num_spec_tokens)  # vLLM reserves none for a proposer of its users'
 
 
 def _is_constrained(request: Any) -> bool:
@@ -104,7 +105,8 @@ class MemoryDrafter:
             with self.model.times.part("drafting", self.runner.device):
                 self._draft(slot, rows, [lengths[r] for r in rows], token_ids_cpu[rows, last], last, sampling, drafts, probabilities)
         if probabilities is not None:  # what vLLM's runner hands to its rejection sampler in the next step
-            self.runner._draft_probs, self.runner._draft_prob_req_ids = probabilities, self.runner.input_batch.req_ids.copy()
+            overwrite(self.runner, "_draft_probs", probabilities)
+            overwrite(self.runner, "_draft_prob_req_ids", self.runner.input_batch.req_ids.copy())
         self.ended = time.perf_counter()
         if by_slot:
             self.lengths.drafted((self.ended - started) / max(lengths))

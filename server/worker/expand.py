@@ -11,6 +11,8 @@ from torch import Tensor
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.sample import rejection_sampler
 
+from memdec.server.in_place import overwrite
+
 
 def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, replace_to: float, *_: Any, **__: Any) -> None:
     """Write each request's value once for each of its tokens: values [requests], ends [requests] cumulative token counts, output [tokens]."""
@@ -23,4 +25,4 @@ def install() -> None:
     """Let vLLM's rejection sampler use it from now on, once vLLM has put its stand-ins in place."""
     kernel: Any = rejection_sampler.expand_kernel
     if isinstance(kernel, KernelOverride):  # with a Triton for CPUs the kernel itself runs
-        kernel._impl = expand
+        overwrite(kernel, "_impl", expand)

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from memdec.server.choice import CLIENT
+from memdec.server.in_place import overwrite
 from memdec.server.worker.shares import Shares, fitting
 
 READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # others wait for something else than their turn
@@ -68,7 +69,7 @@ class FairSteps:
         if not isinstance(self, AsyncScheduler):  # whose drafts stay with the worker
             for request in mine.running:
                 if request.spec_token_ids and request.request_id not in now:
-                    request.spec_token_ids = []
+                    overwrite(request, "spec_token_ids", [])
 
     @contextmanager
     def _held(self, turn: str) -> Iterator[None]:
@@ -83,7 +84,7 @@ class FairSteps:
             welcome |= set(fitting(asked, self.shares.guests))
         for request in mine.running:
             if client_of(request) != turn and request.request_id not in welcome:
-                request.next_decode_eligible_step = mine.current_step + 2  # schedule() counts one on: the step after the next
+                overwrite(request, "next_decode_eligible_step", mine.current_step + 2)  # schedule() counts one on: the step after the next
         held = [r for r in ready if client_of(r) != turn and (turn_waits or r.request_id not in welcome)]
         mine.waiting.remove_requests(set(held))
         try:

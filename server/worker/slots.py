@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
 from memdec.server.choice import MemoryChoice
 from memdec.server.model.routing import NO_DOMAIN
 from memdec.server.model.slots import StagedTower
@@ -55,7 +57,7 @@ class HoldsSlots:
         """Unload a slot's decoder, unless a request that the worker knows uses it still: returns whether it is free."""
         worker: Any = self
         runner = worker.model_runner
-        if hasattr(runner, "requests"):  # V1
+        if isinstance(runner, GPUModelRunner):  # V1's, of CPUs too
             memories = [getattr(request, "memory", (0, 0.0)) for request in runner.requests.values()]
         else:
             memories = list(runner.model_state.chosen.values())

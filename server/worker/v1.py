@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from memdec.server.choice import MemoryChoice
 from memdec.server.composite_spec import spec_of
+from memdec.server.in_place import overwrite
 from memdec.server.model.attention import attention_names
 from memdec.server.model.routing import NONE_KNOWN, RowChoice, StepRouting
 from memdec.server.worker import expand
@@ -43,16 +44,16 @@ class RoutesSteps:
         if vllm_config.speculative_config is not None:
             # vLLM leaves min_p and logit_bias out, which its verifier doesn't know: here their requests draft nothing instead.
             plain = copy.copy(vllm_config)
-            plain.speculative_config = None
+            overwrite(plain, "speculative_config", None)
             runner: Any = self
-            runner.input_batch.logitsprocs = build_logitsprocs(plain, device, PIN_MEMORY, False)
+            overwrite(runner.input_batch, "logitsprocs", build_logitsprocs(plain, device, PIN_MEMORY, False))
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Also divide the graph that vLLM would make of the whole composite."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
         if isinstance(runner.model, CUDAGraphWrapper):
-            runner.model = runner.model.unwrap()
+            overwrite(runner, "model", runner.model.unwrap())
             runner.model.wrap(
                 lambda part: CUDAGraphWrapper(part, runner.vllm_config, CUDAGraphMode.FULL, CUDAGraphOptions(weak_ref_output=False))
             )
@@ -129,11 +130,11 @@ class RoutedGPUModelRunner(RoutesSteps, GPUModelRunner):
 @contextmanager
 def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
     original = getattr(module, name)
-    setattr(module, name, value)
+    overwrite(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, original)
+        overwrite(module, name, original)
 
 
 class TellsTimes:

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import select
 import signal
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] /\S+:\d+: ")  # when, and at which line of its own source, xgrammar found the fault
 SECONDS = 1.0  # of processor time for a grammar: to parse, to compile, and to follow for a while
 WALL_SECONDS = 20.0  # however busy the machine
 MEMORY = 512 << 20  # bytes beyond what the process has
@@ -183,7 +185,7 @@ def _checked(fields: dict[str, Any], manager: Any) -> dict[str, Any]:
         request.structured_output_request.grammar = manager._create_grammar(request)
         _follow(request.structured_output_request.grammar, manager)
     except Exception as error:  # whatever a backend raises of a client's grammar, it is about that grammar
-        return {"refused": str(error) or type(error).__name__, "seconds": time.process_time() - began}
+        return {"refused": PLACE.sub("", str(error)).strip() or type(error).__name__, "seconds": time.process_time() - began}
     passed = {name: value for name, value in passed.items() if not name.startswith("_")}
     return {"fields": passed, "seconds": time.process_time() - began}
 

@@ -13,6 +13,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionLogPr
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionLogProbs, CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
 from vllm.logprobs import Logprob
@@ -140,13 +141,65 @@ class Chats(OpenAIServingChat):
     def _create_chat_logprobs(
         self, token_ids: Sequence[int], top_logprobs: Sequence[Any], tokenizer: Any, *args: Any, **kwargs: Any
     ) -> ChatCompletionLogProbs:
-        """vLLM's, with each token's own bytes: vLLM's are those of the text, which a part of a character has not."""
+        """vLLM's, with each token's own bytes."""
         logprobs: ChatCompletionLogProbs = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *args, **kwargs)
         for entry, token, candidates in zip(logprobs.content or (), token_ids, top_logprobs, strict=False):
-            entry.bytes = list(bytes_of(tokenizer, token))
-            for other, candidate in zip(entry.top_logprobs, candidates or (), strict=False):
-                other.bytes = list(bytes_of(tokenizer, candidate))
+            _give_bytes(entry, tokenizer, token, candidates)
         return logprobs
+
+
+class Responses(OpenAIServingResponses):
+    """`/v1/responses`. Each stream is made by a copy of the app's object, which knows what was not told yet."""
+
+    untold: list[tuple[int, Any]] | None = None
+    """Of a stream: tokens and their log-probabilities for which there was no event yet."""
+
+    def _validate_generator_input(self, engine_input: Any) -> Any:
+        """Nothing. Raises VLLMValidationError for a prompt without room for an answer: vLLM says that 512 exceeds 512."""
+        _with_room([engine_input], self.model_config.max_model_len, None)
+        return super()._validate_generator_input(engine_input)
+
+    async def _process_simple_streaming_events(
+        self, request: Any, sampling_params: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """vLLM's events, without a loss of log-probabilities: it makes no event of an output without text, such as a part of a character.
+
+        To be dropped when it keeps what belongs to such an output for the next event.
+        """
+        mine = copy.copy(self)
+        mine.untold = []
+        source = super(Responses, mine)._process_simple_streaming_events
+        async for event in source(request, sampling_params, mine._collected(result_generator), *args, **kwargs):
+            if event.type.endswith(".delta"):  # of reasoning or of a call, which have no log-probabilities; those of text are told
+                mine.untold.clear()
+            yield event
+
+    async def _collected(self, contexts: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The stream's contexts, while what came last is the latest of the untold."""
+        async for context in contexts:
+            if self.untold is not None and context.last_output is not None:
+                for choice in context.last_output.outputs:
+                    self.untold += zip(choice.token_ids, choice.logprobs or (), strict=False)
+            yield context
+
+    def _create_response_logprobs(
+        self, token_ids: Sequence[int], logprobs: Any, tokenizer: Any, top_logprobs: int | None = None
+    ) -> list[Any]:
+        """vLLM's, with each token's own bytes, as in chats; in a stream, of all tokens since the last text."""
+        if self.untold is not None:
+            token_ids, logprobs = [t for t, _ in self.untold], [c for _, c in self.untold]
+            self.untold.clear()
+        entries: list[Any] = super()._create_response_logprobs(token_ids, logprobs, tokenizer, top_logprobs)
+        for entry, token, candidates in zip(entries, token_ids, logprobs, strict=True):
+            _give_bytes(entry, tokenizer, token, candidates)
+        return entries
+
+
+def _give_bytes(entry: Any, tokenizer: Any, token: int, candidates: Any) -> None:
+    """Give a token's entry and its candidates their own bytes: vLLM's are those of the text, which a part of a character has not."""
+    entry.bytes = list(bytes_of(tokenizer, token))
+    for other, candidate in zip(entry.top_logprobs, candidates or (), strict=False):
+        other.bytes = list(bytes_of(tokenizer, candidate))
 
 
 def by_token(request: Any) -> bool:

@@ -6,15 +6,15 @@ from typing import Any
 
 from openai.types.responses import ResponseErrorEvent
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
+from memdec.server.engine.answers import Responses
 from memdec.server.retrieval.rag import added
 
 LAST = ("response.completed", "error")  # types of the events that end a stream
 FAILED = "The server failed to answer. Its log says why."
 
 
-class MemoryResponses(OpenAIServingResponses):
+class MemoryResponses(Responses):
     """The serving object of /v1/responses; an OpenAIServingResponses becomes one in place."""
 
     async def responses_full_generator(self, *args: Any, **kwargs: Any) -> Any:

@@ -133,6 +133,17 @@ def test_a_chat_without_room_gets_the_contexts_message(http: httpx.Client) -> No
         assert "maximum context length is 512 tokens" in refused(chat(http, messages=full, **fields), 400, "input_tokens")
 
 
+def test_a_response_without_room_gets_the_contexts_message(http: httpx.Client) -> None:
+    """Of exactly the context as of more."""
+    lengths = [http.post("/v1/responses", json={"model": "base", "input": i, "max_output_tokens": 1}).json()["usage"] for i in ("x", "x 7")]
+    plain, two = (usage["input_tokens"] for usage in lengths)
+    count = (512 - plain) // (two - plain)
+    for more in (0, 1):
+        for fields in ({}, {"max_output_tokens": 16}, {"stream": True}, {"background": True}, {"domain": "a", "memory": "rag"}):
+            answer = http.post("/v1/responses", json={"model": "base", "input": "x" + " 7" * (count + more), **fields})
+            assert "maximum context length is 512 tokens" in refused(answer, 400, "input_tokens")
+
+
 @pytest.mark.parametrize("shape", [{"n": 2, "temperature": 1}, {"rag_stride": 2}])
 def test_usage_of_each_choice(http: httpx.Client, shape: dict[str, Any]) -> None:
     """In mode `rag` every choice counts its own prompt's passages, at every event; the sum has each prompt once."""
@@ -196,6 +207,27 @@ def test_bytes_in_chats_are_the_text(http: httpx.Client, domain: dict[str, Any],
         for special in ("<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"):
             joined = joined.replace(special.encode(), b"")
         assert joined.decode("utf-8", "replace").rstrip("\ufffd") == said.rstrip("\ufffd")
+
+
+@DOMAINS
+@pytest.mark.parametrize("stream", [False, True])
+def test_bytes_in_responses_are_the_text(http: httpx.Client, domain: dict[str, Any], stream: bool) -> None:
+    """The same of /v1/responses; a token without text, such as the first part of a character, is told with the next."""
+    told = {"include": ["message.output_text.logprobs"], "top_logprobs": 4, "stream": stream}
+    for seed in range(3):
+        wanted = {"input": "hi", "temperature": 1.5, "seed": seed, "max_output_tokens": 24, "logit_bias": {"0": -100}, **domain, **told}
+        answer = http.post("/v1/responses", json={"model": "base", **wanted})
+        assert answer.status_code == 200, answer.text
+        found = events(answer)[-1]["response"] if stream else answer.json()
+        ((part,),) = (item["content"] for item in found["output"])
+        joined = b"".join(bytes(t["bytes"]) for t in part["logprobs"])
+        assert all(t["bytes"] for t in part["logprobs"]) and all(o["bytes"] for t in part["logprobs"] for o in t["top_logprobs"])
+        if stream:
+            count = [len(event["logprobs"]) for event in events(answer) if event["type"] == "response.output_text.delta"]
+            assert sum(count) == len(part["logprobs"])
+        for special in ("<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"):
+            joined = joined.replace(special.encode(), b"")
+        assert joined.decode("utf-8", "replace").rstrip("\ufffd") == part["text"].rstrip("\ufffd")
 
 
 @DOMAINS

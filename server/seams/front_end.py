@@ -56,6 +56,8 @@ SEAMS = (
          "AsyncLLM takes the class of its output processor, or its stat loggers see each request's extra arguments", has=("propagate_error",)),
     Seam(f"{OUTPUTS}.__init__", Kind.READ, ("engine/client.py",), "request_states: the requests under way, with their slots", USED, "as above", source=("request_states",)),
     Seam(f"{OUTPUTS}.add_request", Kind.OVERRIDE, ("engine/client.py",), "remembers what each request chose", "silently: no timings by domain", "as above", parameters=("self", "request")),
+    Seam(f"{OUTPUTS}.process_outputs", Kind.OVERRIDE, ("engine/client.py",), "a grammar that no token can go on from ends its request with an error", "silently: such an answer would just end", "vLLM says why the request ended",
+         parameters=("self", "engine_core_outputs")),
     Seam(f"{OUTPUTS}._update_stats_from_output", Kind.OVERRIDE, ("engine/client.py",), "the time of each token", "silently: no timings by domain", "as above",
          parameters=("self", "req_state", "engine_core_output", "engine_core_timestamp", "iteration_stats"), complete=True),
     Seam(f"{OUTPUTS}._update_stats_from_finished", Kind.OVERRIDE, ("engine/client.py",), "the mean time per token of a finished request", "silently: no timings by domain", "as above",

@@ -10,6 +10,7 @@ SEGMENT = "rag_segment"  # of an answer made in several passes: 1 the first, 2 a
 SLOT = "memory_slot"  # where the domain's decoder was when the request reached the engine; set by the engine
 MAX_SLOT = (1 << 16) - 1  # the largest number of a slot: it travels as two bytes
 CLIENT = "memory_client"  # the client in whose fair share the scheduler runs the request; set by the engine client
+KEY = "key "  # what the name of a client with an API key begins with
 SCORED = "prompt_scored"  # of a request for its prompt alone; set by the front end
 RESERVED = (MODE, DOMAIN, LAMBDA, STRIDE, OPEN, SEGMENT, SLOT, CLIENT, SCORED)
 

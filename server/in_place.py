@@ -5,7 +5,7 @@ from typing import Any
 
 def become(instance: Any, ours: type) -> None:
     """Turn an object of vLLM's into one of our subclass of its class. Raises TypeError if it is of another class."""
-    if type(instance) not in ours.__bases__:
+    if type(instance) not in ours.__mro__[1:-1]:
         raise TypeError(f"vLLM made a {type(instance).__name__}, which can't become a {ours.__name__}: see server/seams")
     instance.__class__ = ours
 

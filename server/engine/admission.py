@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count
 
+from memdec.server.choice import KEY
 from memdec.server.errors import QueueFull, RequestError, TooManyRequests
 
 NOBODY = ""
@@ -102,7 +103,7 @@ class Admission:
         if self.bound is not None and under_way + self.kept + choices > self.bound and not guaranteed:
             raise QueueFull("The server has as many requests as it takes. Try again in a few seconds, or on another replica.")
         # Without keys, a request for many choices gets a fair share of its own, so that it can't delay all others.
-        name = f"key {mine.client.name}" if mine is not None else f"request {next(_numbers)}" if choices > 1 else NOBODY
+        name = f"{KEY}{mine.client.name}" if mine is not None else f"request {next(_numbers)}" if choices > 1 else NOBODY
         places = Places(choices, name)
         self.kept += choices
         token = _mine.set(places)

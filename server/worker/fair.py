@@ -14,15 +14,19 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from memdec.server.choice import CLIENT
+from memdec.server.choice import CLIENT, KEY
 from memdec.server.in_place import overwrite
 from memdec.server.worker.shares import Shares, fitting
 
+NEIGHBOUR = (
+    10.0  # seconds for which a key that has nothing to run still counts as a neighbour: its next request is to find no full step under way
+)
+NOBODYS = "nobody's turn"
 READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # others wait for something else than their turn
 
 
 class FairSteps:
-    """Mixin for vLLM's schedulers. Where one client alone has requests it changes nothing."""
+    """Mixin for vLLM's schedulers. Where one client alone has requests, and no other key had some lately, it changes nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,7 +35,9 @@ class FairSteps:
         self.last_ran: dict[str, int] = {}
         """By request: the step it was in last."""
         self.stuck = False
-        """Whether the last step of several clients scheduled nothing; then the next takes whatever it can."""
+        """Whether the last divided step scheduled nothing; then the next takes whatever it can."""
+        self.seen: dict[str, float] = {}
+        """When each client last had something to run, by the monotonic clock."""
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's choice among the requests that may take part in this step."""
@@ -40,16 +46,23 @@ class FairSteps:
         running = [r for r in mine.running if not r.is_finished()]
         waiting = [r for r in mine.waiting if r.status in READY]
         clients = {client_of(r) for r in (*running, *waiting)}
-        if len(clients) < 2 or self.stuck:
+        divided = len(clients) > 1 or self._has_neighbours(clients)
+        if not divided or self.stuck:
             found = super().schedule(*args, **kwargs)  # type: ignore[misc]
         else:
-            turn = self.shares.turn(clients)
+            turn = self.shares.turn(clients) if len(clients) > 1 else NOBODYS
             self._make_room(turn)
             with self._held(turn):
                 found = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self.stuck = len(clients) > 1 and not found.num_scheduled_tokens
+        self.stuck = divided and not found.num_scheduled_tokens
         self._drop_stale_drafts(found)
         return found
+
+    def _has_neighbours(self, clients: set[str]) -> bool:
+        """Whether another key than those that want the step had something to run lately. Requests without keys have no neighbours."""
+        now = time.monotonic()
+        self.seen = {name: at for name, at in self.seen.items() if now - at < NEIGHBOUR} | dict.fromkeys(clients, now)
+        return bool(clients) and any(name.startswith(KEY) for name in self.seen.keys() - clients)
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Also learn what the step took, and who had how much of it."""
@@ -77,11 +90,14 @@ class FairSteps:
         mine: Any = self
         ready = [r for r in mine.waiting if r.status in READY]
         turn_waits = any(client_of(r) == turn for r in ready)
-        guests = [r for r in (*sorted(mine.running, key=self._ran), *ready) if client_of(r) != turn]
+        # A client alone keeps its order: rows that run in each step keep their drafts, too.
+        running = mine.running if turn == NOBODYS else sorted(mine.running, key=self._ran)
+        guests = [r for r in (*running, *ready) if client_of(r) != turn]
         welcome: set[str] = set()
         for client in {client_of(r) for r in guests}:
             asked = [(r.request_id, max(1, r.num_tokens_with_spec - r.num_computed_tokens)) for r in guests if client_of(r) == client]
-            welcome |= set(fitting(asked, self.shares.guests))
+            least = asked[0][1] if turn == NOBODYS else 1
+            welcome |= set(fitting(asked, max(self.shares.guests, least)))
         for request in mine.running:
             if client_of(request) != turn and request.request_id not in welcome:
                 overwrite(request, "next_decode_eligible_step", mine.current_step + 2)  # schedule() counts one on: the step after the next

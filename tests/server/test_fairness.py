@@ -1,6 +1,7 @@
 """Whose turn it is, and what sits a step out: no engine, and steps that take what a test says."""
 
 import asyncio
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from vllm.v1.request import RequestStatus
 from memdec.server.choice import CLIENT
 from memdec.server.engine.admission import NOBODY, Account, Admission, Client, account, turn_of_request
 from memdec.server.errors import QueueFull, RequestError, TooManyRequests
-from memdec.server.worker.fair import FairSteps
+from memdec.server.worker.fair import NEIGHBOUR, FairSteps
 from memdec.server.worker.shares import BACKGROUND, Shares, fitting
 
 FIXED, TOKEN = 0.010, 0.001  # seconds of a step, and of a token in it
@@ -211,6 +212,20 @@ def test_beside_another_all_of_a_hogs_rows_take_turns() -> None:
     for _ in range(100 // room + 1):
         seen |= {name for name in scheduler.schedule().num_scheduled_tokens if name.startswith("hog")}
     assert len(seen) == 100
+
+
+def test_a_key_alone_leaves_room_for_one_that_was_here_lately() -> None:
+    """Its steps stay short for some seconds, its first rows go on; without keys, and later, all run."""
+    scheduler = Fair(rows("key hog", 100, spec_token_ids=[1, 2]), [])
+    scheduler.shares = shares()
+    scheduler.seen = {"key small": time.monotonic()}
+    first, second = scheduler.schedule().num_scheduled_tokens, scheduler.schedule().num_scheduled_tokens
+    assert 0 < sum(first.values()) <= max(3, scheduler.shares.guests) and set(first) <= set(second)
+    scheduler.seen = {"key small": time.monotonic() - NEIGHBOUR}
+    assert len(scheduler.schedule().num_scheduled_tokens) > len(first)
+    scheduler = Fair(rows("request 7", 100), [])
+    scheduler.shares, scheduler.seen = shares(), {"": time.monotonic(), "request 6": time.monotonic()}
+    assert len(scheduler.schedule().num_scheduled_tokens) == 100
 
 
 def test_places_and_blocks_are_taken_back_from_who_has_most() -> None:

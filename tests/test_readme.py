@@ -30,7 +30,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("wb") as stream:
         command = ["make", "serve", f"PORT={port}", f"VENV={sys.prefix}"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
-    wait_until_ready(process, log, 600)  # the first start makes the python baselines
+    wait_until_ready(process, log, 1200)  # the first start makes the python baselines
     yield f"http://127.0.0.1:{port}"
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(60)

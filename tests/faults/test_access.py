@@ -20,6 +20,7 @@ SENT = {"nobody": None, "wrong": "sk-wrong", "none": NONE, "some": SOME, "all": 
 ANYBODY, USERS, OPERATORS, ADMINS = set(SENT), {"none", "some", "all"}, {"all"}, {"admin"}
 POLICY = {
     "GET /health": ANYBODY,
+    "GET /live": ANYBODY,
     "GET /": USERS,
     "GET /version": USERS,
     "GET /metrics": OPERATORS,

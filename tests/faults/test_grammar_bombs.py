@@ -254,7 +254,7 @@ def test_options_without_effect_are_refused(field: dict[str, Any]) -> None:
 
 def test_bombs_over_http(http: httpx.Client) -> None:
     """All at once, plain and streamed: each is an error in OpenAI's form, and what others ask is answered."""
-    names = ["a grammar that repeats 100,000 times", "an expression of 100,000 letters", *list(ENDED)[1:4], "a tag of 500 expressions"]
+    names = ["a grammar that repeats 100,000 times", *list(ENDED)[1:4], "a tag of 500 expressions"]
     with ThreadPoolExecutor(len(names) + 1) as crowd:
         answers = [crowd.submit(ask, http, structured_outputs=BOMBS[name], stream=i % 2 > 0) for i, name in enumerate(names)]
         schema = {"name": "x", "schema": ENDED["a pattern of names that repeats repeats"]["json"]}

@@ -292,5 +292,6 @@ def test_prompts_in_the_log_when_asked() -> None:
         state = SimpleNamespace(limits=Limits(log_json=True, log_prompts=log_prompts))
         for fields, written in asked:
             raw: Any = SimpleNamespace(app=SimpleNamespace(state=state), state=SimpleNamespace())
-            assert _choices(SimpleNamespace(**fields), raw) == 1
+            request = type("Body", (SimpleNamespace,), {"model_fields": fields})(**fields)
+            assert _choices(request, raw) == 1
             assert vars(raw.state) == ({"prompt": written} if log_prompts else {})

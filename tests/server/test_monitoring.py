@@ -71,7 +71,7 @@ def test_shadows_replay_decoder_requests_alone(shadowed: Server) -> None:
 @pytest.mark.parametrize("guess", [{}, {"domain": "a", "memory": "knn"}])
 def test_replays_warm_no_clients_cache(shadowed: Server, salt: dict[str, Any], guess: dict[str, Any]) -> None:
     """Who guesses a prompt that another client sent finds none of it in the prefix cache, though it was replayed in all modes."""
-    prompt = f"{salt} {guess} the patient's name is " * 20
+    prompt = f"{salt} {guess} " + "the patient's name is " * 40
     before = metric(httpx.get(f"{shadowed.url}/metrics").text, "memdec_shadows_total", outcome="done", domain="a")
     with httpx.Client(base_url=shadowed.url, timeout=60) as http:
         text(ask(http, prompt=prompt, domain="a", max_tokens=1, **salt))

@@ -17,7 +17,11 @@ from conftest import ROOT
 pytestmark = pytest.mark.slow
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BY_NAME = {"httptools", "python-json-logger"}  # needed by what uvicorn and logging are told by name, and imported nowhere
+BY_NAME = {
+    "fastapi-offline",
+    "httptools",
+    "python-json-logger",
+}  # needed by what uvicorn and logging are told by name, and imported nowhere
 CHECK = """
 import sys
 from importlib.metadata import entry_points

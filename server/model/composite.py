@@ -53,59 +53,60 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.paths = [Path(entry.path) for entry in spec.decoders]
         self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec.base_architecture])
         memory_config = AutoConfig.from_pretrained(self.paths[0], trust_remote_code=trusted())
-        beside = self._tower_config(vllm_config, memory_config)
+        tower_config = self._tower_config(vllm_config, memory_config)
         text_config = memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
         self.memory_config, self.prefix, self.built = memory_config, prefix, 0
-        towers = [self._tower(beside) for _ in self.paths]
-        self.later = uncompiled(beside)
-        """Configuration of decoders loaded later: compiling one would hold all requests up."""
+        towers = [self._tower(tower_config) for _ in self.paths]
+        self.later = uncompiled(tower_config)
+        """Configuration of the decoders that are loaded at run time, uncompiled: compiling one would delay all requests."""
         share_attention(towers, vllm_config.compilation_config.static_forward_context)
         self.towers = nn.ModuleList([*towers, *[None] * (spec.capacity - len(towers))])  # type: ignore[list-item]
         self.always_stacked = spec.stacked
         self.stacked = self._stacked(vllm_config)
-        """The way for CUDA graphs, if they are wanted and the decoders' layers allow it."""
+        """The tower that full CUDA graphs run; None without such graphs, or if a layer of the decoders can't be stacked."""
         self.graphs: dict[str, Callable[..., Any]] = {}
-        """What runs base and stacked tower in their stead: their graphs (see `wrap`)."""
+        """The CUDA graphs of "base" and "stacked", which are called instead of them (see `wrap`)."""
         self.stores = [KnnMemory(RetrievalPackage.read(Path(entry.path))) for entry in spec.datastores]
         self.times = StepTimes()
 
-    def _tower(self, beside: VllmConfig) -> nn.Module:
-        """A decoder's model without its weights, under a name of its own, for its layers (vLLM reads their number off the only integer
-        between dots) and its compiled code. Its attention layers are its own still.
+    def _tower(self, config: VllmConfig) -> nn.Module:
+        """Build a decoder's model without its weights. Its attention layers are not shared yet.
+
+        Its name is unique among layers and compiled code; it has no integer between dots, since vLLM takes that for the layer's number.
         """
         self.built += 1
         name = maybe_prefix(self.prefix, f"memory_{self.built - 1}")
         with replicated(), set_model_tag(name):
-            tower: nn.Module = init_vllm_registered_model(beside, prefix=name, hf_config=self.memory_config)
+            tower: nn.Module = init_vllm_registered_model(config, prefix=name, hf_config=self.memory_config)
         return tower
 
     def later_tower(self) -> nn.Module:
-        """The same for a decoder that is loaded while the engine runs."""
+        """Build the model of a decoder that is loaded while the engine runs, without its weights."""
         return self._tower(self.later)
 
     def _stacked(self, vllm_config: VllmConfig) -> StackedTower | None:
-        """The stacked tower, if the step may be a full CUDA graph; if it can't be, then it isn't to be one."""
+        """The stacked tower, if steps may be full CUDA graphs. If the decoders can't be stacked, turn full graphs off and return None."""
         config = vllm_config.compilation_config
         mode = config.cudagraph_mode or CUDAGraphMode.NONE
         graphs = not current_platform.is_cpu() and mode.has_full_cudagraphs()
         if not graphs and not self.always_stacked:
             return None
         most = vllm_config.scheduler_config.max_num_batched_tokens
-        found = StackedTower(self.later_tower, self.towers[0], len(self.towers), most, self.memory_ids, config.static_forward_context)
+        stacked = StackedTower(self.later_tower, self.towers[0], len(self.towers), most, self.memory_ids, config.static_forward_context)
         # The kernel multiplies float32 at a lower precision on CUDA.
-        unfit = found.unfit or ("float32" if graphs and vllm_config.model_config.dtype == torch.float32 else None)
+        unfit = stacked.unfit or ("float32" if graphs and vllm_config.model_config.dtype == torch.float32 else None)
         if unfit is None:
-            return found
+            return stacked
         logger.warning("full CUDA graphs are off: decoders with %s can't be stacked", unfit)
         overwrite(config, "cudagraph_mode", CUDAGraphMode.PIECEWISE if mode.has_piecewise_cudagraphs() else CUDAGraphMode.NONE)
         return None
 
-    def wrap(self, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Have base and memories be graphs of their own: so a step in which nobody asks for a memory replays the base's alone."""
-        self.graphs["base"] = wrapped(self.base)
+    def wrap(self, graph_of: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Capture base and memories as two CUDA graphs, so that a step without memories replays the base's alone."""
+        self.graphs["base"] = graph_of(self.base)
         if self.stacked is not None:
-            self.graphs["stacked"] = wrapped(self.stacked)
+            self.graphs["stacked"] = graph_of(self.stacked)
 
     def replace_tower(self, slot: int, tower: nn.Module | None) -> None:
         """Put a complete tower into a slot, or empty it. The first tower stays until another takes its place: it owns the attention layers."""
@@ -114,7 +115,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.towers[slot - 1] = tower  # type: ignore[assignment]
 
     def reserved_bytes(self) -> int:
-        """What decoders in the slots that are empty now would take. In a stack their places are there, but one is built before it moves in."""
+        """Bytes that decoders in the empty slots would take. A stack has allocated their weights; there one tower is built before it is copied in."""
         size = sum(weight.nbytes for weight in self.towers[0].parameters())
         empty = sum(tower is None for tower in self.towers)
         return size * (min(empty, 1) if self.stacked is not None else empty)
@@ -125,17 +126,17 @@ class MemoryDecoderForCausalLM(nn.Module):
 
         The copies are shallow: the register of attention layers stays the engine's own.
         """
-        beside = copy.copy(vllm_config)
+        config = copy.copy(vllm_config)
         if not current_platform.is_cpu():  # not tried
-            beside = uncompiled(beside)
-        overwrite(beside, "quant_config", None)
-        # Attention layers that aren't told otherwise take the window from here, where vLLM has put the base's.
-        overwrite(beside, "cache_config", copy.copy(vllm_config.cache_config))
+            config = uncompiled(config)
+        overwrite(config, "quant_config", None)
+        # Attention layers without a window of their own take this one, which vLLM has set to the base's.
+        overwrite(config, "cache_config", copy.copy(vllm_config.cache_config))
         text_config = memory_config.get_text_config()
-        kinds = getattr(text_config, "layer_types", None)  # vLLM's own rule: models of mixed kinds tell each layer themselves
+        kinds = getattr(text_config, "layer_types", None)  # vLLM's own rule: models of mixed kinds set each layer's window
         sliding = kinds is None or all(kind == "sliding_attention" for kind in kinds)
-        overwrite(beside.cache_config, "sliding_window", getattr(text_config, "sliding_window", None) if sliding else None)
-        return beside
+        overwrite(config.cache_config, "sliding_window", getattr(text_config, "sliding_window", None) if sliding else None)
+        return config
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The base's embeddings, [tokens, H]; the towers embed for themselves."""
@@ -161,9 +162,9 @@ class MemoryDecoderForCausalLM(nn.Module):
         with self.times.part("base", positions.device):
             hidden: Tensor = self.graphs.get("base", self.base)(input_ids, positions, intermediate_tensors, inputs_embeds)
         if routing is None:
-            routing = StepRouting.untold(len(hidden), hidden.device)
+            routing = StepRouting.for_profiling(len(hidden), hidden.device)
         if not routing.uses_memory:
-            return hidden  # what vLLM does without us, at no more cost
+            return hidden  # as plain vLLM, at the same cost
         if decoded := [group for group in routing.groups if group.slot <= len(self.towers)]:
             with self.times.part("memory", positions.device):
                 if self.stacked is not None and (routing.captured or self.always_stacked):
@@ -176,20 +177,23 @@ class MemoryDecoderForCausalLM(nn.Module):
             memory = hidden.new_zeros(len(hidden), self.memory_width)
         return pack(hidden, memory, routing.tail)
 
-    def _memory(self, input_ids: Tensor, positions: Tensor, like: Tensor, groups: list[Group], attention: Mapping[int, Any]) -> Tensor:
+    def _memory(
+        self, input_ids: Tensor, positions: Tensor, base_hidden: Tensor, groups: list[Group], attention: Mapping[int, Any]
+    ) -> Tensor:
         """Hidden states of each token's own decoder, [tokens, H_memory]; zeros where a token has none.
 
-        Each decoder's tokens are a batch of their own, and picked once a step: its tower runs over them as if it were alone.
+        Each decoder's tokens are selected once a step, and its tower runs them as a batch of their own. `base_hidden` [tokens, H] gives the
+        number of tokens, dtype and device.
         """
         # The base may have more rows of padding, and a client may send their ids.
         input_ids = input_ids.clamp(max=self.memory_ids - 1)
-        memory = like.new_zeros(len(like), self.memory_width)
+        memory = base_hidden.new_zeros(len(base_hidden), self.memory_width)
         for group in groups:
             tower = self.towers[group.slot - 1]
             if group.tokens is None:
-                whole: Tensor = tower(input_ids, positions)
-                return whole
-            if not len(group.tokens):  # all are known
+                hidden: Tensor = tower(input_ids, positions)
+                return hidden
+            if not len(group.tokens):  # the decoder has run all of them as drafts
                 continue
             with override_forward_context(attention[group.slot]):
                 own: Tensor = tower(input_ids.index_select(0, group.tokens), positions.index_select(0, group.tokens))
@@ -205,7 +209,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         if logits is None or not packed:  # None: not the rank that gathers
             return logits
         _, memory, slots, lams = unpack(rows, self.width, len(self.towers) + len(self.stores))
-        if self.stacked is not None and not self.stores:  # nothing is asked of the device, whose work goes on meanwhile
+        if self.stacked is not None and not self.stores:  # needs no synchronisation with the device
             with self.times.part("memory", rows.device):
                 own = self.stacked.logits(memory, slots)
             with self.times.part("mixing", rows.device):
@@ -213,7 +217,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         groups = positions_by_slot(torch.where(lams > 0, slots, 0).cpu(), rows.device)
         if not groups:
             return logits
-        if len(groups) == 1 and len(groups[0][1]) == len(rows):  # nothing to pick out and put back
+        if len(groups) == 1 and len(groups[0][1]) == len(rows):  # no rows to select and scatter
             return self._mixed(groups[0][0], logits, hidden, memory, lams)
         mixed = logits.float()
         for slot, index in groups:
@@ -221,13 +225,13 @@ class MemoryDecoderForCausalLM(nn.Module):
         return mixed
 
     def _mixed(self, slot: int, logits: Tensor, hidden: Tensor, memory: Tensor, lams: Tensor) -> Tensor:
-        """A slot's rows [n, ...] mixed."""
+        """Mixed logits [n, V] float32 of the rows of one slot."""
         own = self._memory_logits(slot, hidden, memory, logits.shape[-1])
         with self.times.part("mixing", hidden.device):
             return mix(logits, own, lams)
 
     def _memory_logits(self, slot: int, hidden: Tensor, memory: Tensor, vocabulary: int) -> Tensor:
-        """What is mixed into a slot's rows [n, ...]: its decoder's logits, or its datastore's log-probabilities."""
+        """The memory's logits [n, V] for the rows of one slot: its decoder's logits, or its datastore's log-probabilities."""
         if slot <= len(self.towers):
             tower: Any = self.towers[slot - 1]
             with self.times.part("memory", hidden.device):
@@ -240,7 +244,7 @@ class MemoryDecoderForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
         """Load the base from vLLM's iterator and every tower from its own folder.
 
-        Returns the names that were set, which vLLM compares with all there are; None if some model doesn't say.
+        Returns the names of the loaded parameters, which vLLM compares with all parameters; None if some model returns none.
         """
         loaded = {"base": self.base.load_weights(finite(weights, "base"))}
         towers: Iterable[Any] = self.towers
@@ -255,12 +259,12 @@ class MemoryDecoderForCausalLM(nn.Module):
 
 
 def uncompiled(config: VllmConfig) -> VllmConfig:
-    """The same configuration for a model that runs eagerly."""
-    found = copy.copy(config)
-    overwrite(found, "compilation_config", copy.copy(config.compilation_config))
-    overwrite(found.compilation_config, "mode", CompilationMode.NONE)
-    overwrite(found.compilation_config, "custom_ops", ["all"])
-    return found
+    """A copy of a configuration, for a model that runs eagerly."""
+    eager = copy.copy(config)
+    overwrite(eager, "compilation_config", copy.copy(config.compilation_config))
+    overwrite(eager.compilation_config, "mode", CompilationMode.NONE)
+    overwrite(eager.compilation_config, "custom_ops", ["all"])
+    return eager
 
 
 def finite(weights: Iterable[tuple[str, Tensor]], source: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Tensor parallelism: the base is sharded over the ranks, the decoders are whole on each.
 
 A decoder is small: sharding it would buy little memory for two more reductions a layer, and its heads need not divide. vLLM's layers ask for their
-tensor-parallel group when they are made, and never again; what is made in this context believes that its rank is the only one.
+tensor-parallel group only when they are built; a layer built in this context sees a group of one rank.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from memdec.server.in_place import overwrite
 
 @contextmanager
 def replicated() -> Iterator[None]:
-    """Have layers that are made meanwhile be whole on every rank."""
+    """Within this context, build layers unsharded on every rank."""
     sharded = parallel_state.get_tp_group()
     overwrite(parallel_state, "_TP", parallel_state.get_pp_group())  # pipelines are refused, so this is a group of one
     try:

@@ -25,36 +25,36 @@ class RowChoice:
     lam: float
     tokens: int
     known: int = 0
-    """How many of them, from the first on, have gone through the decoder before, as drafts."""
+    """How many of these, counted from the first, the decoder has already run as drafts."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What one slot has to do in a step: the requests' tokens but for those that are known."""
+    """The tokens of one slot that its decoder runs in a step: all of its requests' tokens except those it has already run as drafts."""
 
     slot: int
     requests: Tensor
     """Positions of the requests among the step's, int64."""
     lengths: np.ndarray[Any, Any]
-    """How many tokens each has to run, its last ones, int32."""
+    """Number of tokens to run of each request, which are its last ones in the step, int32."""
     tokens: Tensor | None
-    """Positions of these tokens, int64; None: they are all the step has."""
+    """Positions of these tokens in the step, int64; None if they are all of its tokens."""
 
 
 @dataclass(frozen=True)
 class StepRouting:
-    """One step's routing, grouped once."""
+    """Slot and lambda of every token of one step, and the tokens grouped by slot."""
 
     slots: Tensor
     """Slot of each token, [tokens] int64."""
     lams: Tensor
     """Lambda of each token, [tokens] float32."""
     groups: tuple[Group, ...]
-    """One for each slot in use but 0, in the order of slots."""
+    """One group for each slot in use except 0, in ascending order of slots."""
     known: Tensor
-    """Positions of the tokens whose hidden states are known, int64."""
+    """Positions of the tokens whose hidden states were computed while drafting, int64."""
     captured: bool = False
-    """Whether the step is, or will be, a CUDA graph: all tokens go through the stacked tower, and nothing is decided in Python."""
+    """Whether the step is captured or replayed as a CUDA graph: the stacked tower runs all tokens, and Python decides nothing."""
 
     @classmethod
     def of(cls, rows: Sequence[RowChoice], tokens: int, device: torch.device, captured: bool = False) -> "StepRouting":
@@ -84,13 +84,13 @@ class StepRouting:
         )
 
     @classmethod
-    def untold(cls, tokens: int, device: torch.device) -> "StepRouting":
-        """For vLLM's own profiling and capturing, which have no requests: every token passes through the first decoder, with lambda 0."""
+    def for_profiling(cls, tokens: int, device: torch.device) -> "StepRouting":
+        """The routing of vLLM's profiling and capturing runs, which have no requests: every token has slot 1 and lambda 0."""
         return cls.over(torch.ones(tokens, dtype=torch.int64, device=device), torch.zeros(tokens, device=device))
 
     @classmethod
     def over(cls, slots: Tensor, lams: Tensor) -> "StepRouting":
-        """For a step of which only the device knows the slots [tokens] int64 and lambdas [tokens] float32."""
+        """The routing of a captured step, whose slots [tokens] int64 and lambdas [tokens] float32 only the device knows."""
         none = torch.zeros(0, dtype=torch.int64)
         return cls(slots, lams, (Group(1, none, np.zeros(0, np.int32), None),), none, captured=True)
 
@@ -101,20 +101,20 @@ class StepRouting:
 
     @property
     def tail(self) -> Tensor:
-        """What packed rows end with."""
+        """The last columns of the packed rows, [tokens, TAIL] uint8."""
         return tail(self.slots, self.lams) if self.captured else self._tail
 
     @cached_property
     def _tail(self) -> Tensor:
-        """Kept, since most steps are routed like the one before; what is captured must compute it again at each replay."""
+        """Cached, since most steps have the routing of the step before; a captured step must compute the tail at each replay."""
         return tail(self.slots, self.lams)
 
 
 BASE_ALONE = StepRouting(torch.zeros(0, dtype=torch.int64), torch.zeros(0), (), torch.zeros(0, dtype=torch.int64))
-"""A step in which nobody asks for a memory."""
+"""The routing of a step in which no request has a memory."""
 
 
 def positions_by_slot(slots: Tensor, device: torch.device) -> tuple[tuple[int, Tensor], ...]:
-    """Positions of each slot but 0 in slots [n]."""
+    """Each slot except 0 that occurs in slots [n], with its positions."""
     used = [int(s) for s in slots.unique() if s != NO_DOMAIN]
     return tuple((slot, (slots == slot).nonzero().squeeze(1).to(device)) for slot in used)

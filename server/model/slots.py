@@ -21,13 +21,13 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from memdec.decoders.reading.weights import read_tensors
 from memdec.server.model.attention import share_attention
 
-AHEAD = 2  # weights that are read before they are wanted
-PATIENCE = 0.005  # seconds that a step may wait for one
+AHEAD = 2  # weights that are read ahead of their use
+PATIENCE = 0.005  # seconds that the worker waits for a weight between two steps
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class WeightReader:
-    """Reads a decoder's weights in a thread of its own, a few ahead: a disk that is slow, or hangs, holds no step of the engine up."""
+    """Reads a decoder's weights ahead in a thread of its own, so that a slow or hanging disk delays no step of the engine."""
 
     def __init__(self, folder: Path, digests: dict[str, str]) -> None:
         self.ready: queue.Queue[tuple[str, torch.Tensor] | Exception | None] = queue.Queue(AHEAD)
@@ -35,14 +35,14 @@ class WeightReader:
         threading.Thread(target=self._run, args=(folder, digests), name="weight reader", daemon=True).start()
 
     def next(self) -> tuple[str, torch.Tensor] | None:
-        """The next weight, None after the last. Raises queue.Empty if none has been read yet, and whatever went wrong with reading."""
-        found = self.ready.get(timeout=PATIENCE)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        """The next name and weight; None after the last. Raises queue.Empty if none has been read yet, and the exception that ended the reading."""
+        item = self.ready.get(timeout=PATIENCE)
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def stop(self) -> None:
-        """Let the thread end, as soon as it notices."""
+        """Tell the thread to end; it does so within 0.1 s, or when the disk answers."""
         self.stopped.set()
 
     def _run(self, folder: Path, digests: dict[str, str]) -> None:
@@ -56,11 +56,11 @@ class WeightReader:
         except Exception as error:
             self._hand_over(error)
 
-    def _hand_over(self, found: tuple[str, torch.Tensor] | Exception | None) -> bool:
-        """Wait for room; returns whether anybody still wants it."""
+    def _hand_over(self, item: tuple[str, torch.Tensor] | Exception | None) -> bool:
+        """Put an item into the queue when it has room; returns False if the reader was stopped first."""
         while not self.stopped.is_set():
             try:
-                self.ready.put(found, timeout=0.1)
+                self.ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
             return True
@@ -68,12 +68,12 @@ class WeightReader:
 
 
 class StagedTower:
-    """A decoder on its way into a slot of a composite."""
+    """A decoder that is being loaded, and will be put into a slot of a composite."""
 
     def __init__(
         self, composite: Any, slot: int, path: Path, digests: dict[str, str], model_config: ModelConfig, device: torch.device
     ) -> None:
-        """`digests`: the files of `path` that hold its weights, and the SHA-256 that they must turn out to have."""
+        """`digests`: the files of `path` that hold its weights, and the SHA-256 that each must have."""
         self.composite, self.slot, self.model_config, self.device = composite, slot, model_config, device
         self.registered: dict[str, Any] = composite.later.compilation_config.static_forward_context
         self.own: set[str] = set()
@@ -87,7 +87,7 @@ class StagedTower:
         self.work = itertools.chain(self._copy(self.reader), self._finish())
 
     def _built(self) -> Any:
-        """The tower without its weights."""
+        """Build the tower without its weights, sharing the first tower's attention layers."""
         before = set(self.registered)
         try:
             with set_default_torch_dtype(self.model_config.dtype), self.device:
@@ -100,7 +100,7 @@ class StagedTower:
         return tower
 
     def load(self, budget: int) -> bool | None:
-        """Do the work for about `budget` bytes of weights; returns whether that was the last, or None if there was nothing to do yet.
+        """Load about `budget` bytes of weights; returns whether the tower is complete, or None if no weight has been read yet.
 
         Raises ValueError if a weight is missing, and PackageError if the files are not those that were checked.
         """
@@ -119,31 +119,31 @@ class StagedTower:
         self.composite.replace_tower(self.slot, self.tower.eval())
 
     def discard(self) -> None:
-        """Leave everything as it was before."""
+        """Stop the reader, and take this tower's layers off vLLM's register."""
         if self.reader is not None:
             self.reader.stop()
         for name in self.own:
             self.registered.pop(name, None)
 
     def _copy(self, reader: WeightReader) -> Iterator[int | None]:
-        """Copy the weights as they are read; yields the bytes of each, and None where none is there yet."""
+        """Copy the weights as they are read; yields the bytes of each, and None while the next one has not been read."""
         wanted, loaded = {name for name, _ in self.tower.named_parameters()}, set[str]()
         while True:
             try:
-                found = reader.next()
+                item = reader.next()
             except queue.Empty:
                 yield None
                 continue
-            if found is None:
+            if item is None:
                 break
-            names = self.tower.load_weights(iter([found]))
-            loaded |= wanted if names is None else names  # None: a model that doesn't say
-            yield found[1].nbytes
+            names = self.tower.load_weights(iter([item]))
+            loaded |= wanted if names is None else names  # None: this model doesn't return names
+            yield item[1].nbytes
         if missing := sorted(wanted - loaded):
             raise ValueError(f"weight {missing[0]} is not in its files")
 
     def _finish(self) -> Iterator[int]:
-        """Bring the weights into the form that kernels want, as vLLM does it after loading a model; yields the bytes of each layer."""
+        """Process the weights layer by layer, as vLLM does after loading a model; yields the bytes of each layer."""
         for module in self.tower.modules():
             method = getattr(module, "quant_method", None)
             if isinstance(method, QuantizeMethodBase):

@@ -28,7 +28,7 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Blocks:
-    """A step's tokens, sorted by decoder, in blocks of one decoder each: what the kernel walks over. Made without asking the device anything."""
+    """A step's tokens, sorted by decoder, in blocks of one decoder each, as the kernel reads them. Built without synchronising with the device."""
 
     experts: Tensor
     """Decoder of each token, slot - 1, [tokens] int64; NONE where there is none."""
@@ -43,7 +43,7 @@ class Blocks:
 
     @classmethod
     def of(cls, slots: Tensor, decoders: int, size: int) -> "Blocks":
-        """Sort tokens [tokens] int64 of slots 1 to `decoders`; whatever else they have counts as none."""
+        """Sort tokens by their slots [tokens] int64. Slots 1 to `decoders` have a decoder; tokens of any other value have none."""
         count = len(slots)
         experts = torch.where((slots > 0) & (slots <= decoders), slots - 1, NONE)
         if count <= FEW:
@@ -69,21 +69,21 @@ class StackedTower:
     ) -> None:
         """`build` makes a tower; `first` is one whose attention layers are shared, `registered` vLLM's register of those.
 
-        A step has at most `tokens`, of which those from `ids` on are none of the decoders'.
+        A step has at most `tokens` tokens. Token ids from `ids` on have no embedding in the decoders.
         """
         with torch.device("meta"):
             self.model: Any = build()
         share_attention([first, self.model], registered)
         self.slots, self.ids = slots, ids
         self.places = torch.zeros(tokens, dtype=torch.int64)
-        """Where graphs read the step's slots."""
+        """The buffer from which CUDA graphs read the step's slots, [tokens] int64."""
         self.weights: dict[str, Tensor] = {}
         """Parameter's name -> [slots, ...]."""
         self.blocks: Blocks
-        """Those of the step, or of the rows of logits, that are being computed."""
+        """The blocks of the step, or of the rows of logits, that is being computed."""
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         self.unfit = next((name for name, buffer in self.model.named_buffers() if buffer.is_meta), None)
-        """A layer's kind, or a buffer, that stands in the way, if there is one; nothing else here works then."""
+        """The class of a layer, or the name of a buffer, that can't be stacked; None if all can. Otherwise this tower must not be used."""
         for path, layer in list(self.model.named_modules()):
             own = {leaf: names[id(weight)] for leaf, weight in layer.named_parameters(recurse=False)}
             if not own:
@@ -98,7 +98,7 @@ class StackedTower:
                 return
 
     def adopt(self, slot: int, tower: nn.Module) -> None:
-        """Move a tower's weights [...] into the stack, of which its parameters are views from then on; its slot must not be in use."""
+        """Copy a tower's weights [...] into the stack and make its parameters views of it. The slot must not be in use."""
         for name, weight in tower.named_parameters():
             if name not in self.weights:
                 self.weights[name] = weight.new_zeros(self.slots, *weight.shape)
@@ -107,11 +107,11 @@ class StackedTower:
             weight.data = own
 
     def placed(self, slots: Tensor) -> Tensor:
-        """The step's slots [tokens] int64, copied to where graphs read them."""
+        """Copy the step's slots [tokens] int64 into the buffer that CUDA graphs read; returns its first `tokens` entries."""
         return self.places[: len(slots)].copy_(slots)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """Hidden states of each token's own decoder, [tokens, H_memory], zeros or nothing of use where a token has none."""
+        """Hidden states of each token's own decoder, [tokens, H_memory]; undefined where a token has none."""
         self.blocks = self._blocks(slots)
         hidden: Tensor = self.model(input_ids.clamp(max=self.ids - 1), positions)
         return hidden
@@ -125,20 +125,20 @@ class StackedTower:
     def _blocks(self, slots: Tensor) -> Blocks:
         return Blocks.of(slots, self.slots, block_size(len(slots), self.slots))
 
-    def pick(self, name: str, like: Tensor) -> Tensor:
-        """Each token's own weight [tokens, 1..., width], to go with `like` [tokens, ..., width]."""
+    def pick(self, name: str, x: Tensor) -> Tensor:
+        """Each token's own weight as [tokens, 1..., width], which broadcasts with x [tokens, ..., width]."""
         own = self.weights[name].index_select(0, self.blocks.experts.clamp(min=0))
-        return own.view(len(own), *[1] * (like.dim() - own.dim()), *own.shape[1:])
+        return own.view(len(own), *[1] * (x.dim() - own.dim()), *own.shape[1:])
 
 
 class PickedProduct(QuantizeMethodBase):
-    """What vLLM's linear layers and embeddings ask for their product: here, by each token's own weights."""
+    """The quantisation method of linear layers and embeddings that multiplies each token by its own decoder's weights."""
 
     def __init__(self, tower: StackedTower, weight: str, bias: str | None) -> None:
         self.tower, self.weight, self.bias = tower, weight, bias
 
     def create_weights(self, *_: Any, **__: Any) -> None:
-        """Nothing: the layer was built with another method."""
+        """Create nothing: the layer's weights were created by its first method."""
 
     def apply(self, _layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """x [tokens, K] -> [tokens, N]."""
@@ -151,7 +151,7 @@ class PickedProduct(QuantizeMethodBase):
 
 
 class PickedEmbedding(nn.Module):
-    """torch's own embedding: learned positions."""
+    """An nn.Embedding, as learned positions use it, of each token's own decoder."""
 
     def __init__(self, tower: StackedTower, _layer: nn.Module, own: dict[str, str]) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class PickedEmbedding(nn.Module):
 
 
 class PickedRMSNorm(nn.Module):
-    """vLLM's RMSNorm without its weight, then each token's own."""
+    """vLLM's RMSNorm without its weight, times the weight of each token's own decoder."""
 
     def __init__(self, tower: StackedTower, layer: Any, own: dict[str, str]) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class PickedRMSNorm(nn.Module):
 
 
 class PickedLayerNorm(nn.Module):
-    """LayerNorm without weight and bias, then each token's own."""
+    """LayerNorm without weight and bias, then weight and bias of each token's own decoder."""
 
     def __init__(self, tower: StackedTower, layer: Any, own: dict[str, str]) -> None:
         super().__init__()
@@ -202,13 +202,13 @@ PICKED: dict[type, Any] = {RMSNorm: PickedRMSNorm, LayerNorm: PickedLayerNorm, n
 
 
 def looked_up(tower: StackedTower, name: str, ids: Tensor) -> Tensor:
-    """Rows of each token's own table."""
+    """Embeddings [tokens, H] of ids [tokens], each from its own decoder's table."""
     table = tower.weights[name]
     return functional.embedding(ids + tower.blocks.experts.clamp(min=0) * table.shape[1], table.flatten(0, 1))
 
 
 def block_size(tokens: int, decoders: int) -> int:
-    """Tokens a block: what vLLM's kernel likes for so many."""
+    """Tokens in a block: vLLM's default for its kernel with so many tokens and decoders."""
     return _config(tokens, decoders, 1, 1)["BLOCK_SIZE_M"] if HAS_TRITON else 16
 
 
@@ -225,7 +225,7 @@ def multiply(x: Tensor, weights: Tensor, bias: Tensor | None, blocks: Blocks) ->
 
 
 def by_row(x: Tensor, weights: Tensor, bias: Tensor | None, blocks: Blocks) -> Tensor:
-    """The same without Triton: the reference, which copies a matrix for each token."""
+    """`multiply` without Triton. It copies a weight matrix for each token; tests compare the kernel with it."""
     own = blocks.experts.clamp(min=0)
     result = torch.bmm(weights.index_select(0, own), x[:, :, None]).squeeze(-1)
     if bias is not None:

@@ -25,7 +25,7 @@ class StepTimes:
 
     @contextmanager
     def part(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time one part of a step; not what is being captured as part of a larger graph, whose replays no clock here sees."""
+        """Time one part of a step. A part that is captured inside a larger CUDA graph isn't timed: its replays don't run this code."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             yield
         elif device.type == "cuda":
@@ -46,7 +46,7 @@ class StepTimes:
         return {name: (self.seconds[name], self.calls[name]) for name in PARTS}
 
     def _read_passed(self) -> None:
-        """Count the events that have passed: few ever wait, and none is lost between two scrapes."""
+        """Add up the events that the stream has passed, at each call, so that few of them wait."""
         while self.waiting and self.waiting[0][2].query():
             name, begin, end = self.waiting.popleft()
             self._add(name, begin.elapsed_time(end) / 1e3)

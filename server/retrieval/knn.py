@@ -17,8 +17,8 @@ class KnnMemory:
     def search(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Values and weights of each key's neighbours: keys [n, width] -> tokens [n, k] int64, weights [n, k] float32, rows summing to 1."""
         queries = keys.float().cpu().numpy()
-        distances, found = self.store.search(queries, min(self.package.neighbours, len(self.store.values)), self.package.probed)
-        tokens = np.asarray(self.store.values[np.maximum(found, 0)], np.int64)
+        distances, neighbours = self.store.search(queries, min(self.package.neighbours, len(self.store.values)), self.package.probed)
+        tokens = np.asarray(self.store.values[np.maximum(neighbours, 0)], np.int64)
         return torch.from_numpy(tokens).to(keys.device), torch.from_numpy(weights(distances, self.package.tau)).to(keys.device)
 
 

@@ -16,33 +16,33 @@ T = TypeVar("T")
 
 @dataclass
 class Count:
-    """How many tokens retrieval has added to one prompt, so far."""
+    """Number of tokens that retrieval has added to one prompt."""
 
     tokens: int = 0
 
 
 @dataclass
 class Added:
-    """What retrieval has added to each prompt of one HTTP request: it counts as usage."""
+    """Numbers of tokens that retrieval has added to each prompt of one HTTP request; they count as usage."""
 
     counts: list[Count] = field(default_factory=list)
 
     def of_next_prompt(self) -> Count:
-        """A count for the request's next prompt."""
+        """Append a count for the request's next prompt, and return it."""
         self.counts.append(Count())
         return self.counts[-1]
 
     @property
     def tokens(self) -> int:
-        """Those of all prompts."""
+        """Their sum over all prompts."""
         return sum(count.tokens for count in self.counts)
 
 
 class Unread(Added):
-    """Of requests that aren't a client's, such as shadows."""
+    """The counts of requests that no client has sent, such as shadows: nothing reads them."""
 
     def of_next_prompt(self) -> Count:
-        """A count that nobody keeps."""
+        """A new count, which isn't kept."""
         return Count()
 
 
@@ -55,12 +55,12 @@ class Prompt:
 
     ids: list[int]
     head: int
-    """Tokens of the client's before the passage: a beginning-of-text token stays first."""
+    """Number of the client's tokens before the passage: 1 if the prompt begins with a beginning-of-text token, else 0."""
     passage: int
-    """Tokens of the passage; 0 if none fitted."""
+    """Number of tokens of the passage; 0 if none fits."""
 
     def without(self, rows: Sequence[T]) -> list[T]:
-        """Rows [ids] without the passage's."""
+        """One row for each id of the prompt, less the rows of the passage."""
         return [*rows[: self.head], *rows[self.head + self.passage :]]
 
 
@@ -78,7 +78,7 @@ class PassageFinder:
         return cls(package, Passages.open(package.path, tokenizer), tokenizer.bos_token_id)
 
     def augment(self, ids: Sequence[int], room: int) -> Prompt:
-        """The prompt `ids` with the best passage for its last tokens in front, cut at its end to `room` tokens."""
-        found = self.passages.best([np.asarray(ids[-self.package.rag.query :])])[0][: max(0, room)].tolist()
+        """The prompt `ids`, preceded by the passage that matches its last tokens best. The passage is truncated to `room` tokens."""
+        passage = self.passages.best([np.asarray(ids[-self.package.rag.query :])])[0][: max(0, room)].tolist()
         head = int(bool(ids) and ids[0] == self.bos)
-        return Prompt([*ids[:head], *found, *ids[head:]], head, len(found))
+        return Prompt([*ids[:head], *passage, *ids[head:]], head, len(passage))

@@ -215,7 +215,10 @@ def test_changes_in_place_are_loud() -> None:
     class Theirs:
         known = 1
 
-    class Ours(Theirs):
+    class Between(Theirs):
+        pass
+
+    class Ours(Between):
         pass
 
     made = Theirs()

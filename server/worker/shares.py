@@ -1,6 +1,7 @@
 """Whose turn it is, where requests of several clients compete for the engine's steps: equal shares of its time, whatever one of them asks."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 from memdec.server.worker.draft_length import StepCost
@@ -8,18 +9,53 @@ from memdec.server.worker.draft_length import StepCost
 BACKGROUND = "background"
 """The client whose turn comes when no other wants one: replays."""
 MANY = 1 << 20
+BESIDE = 2.0  # how many times as long a step may take with guests; 1.5 was no better (measured)
+SMALL = 8  # tokens of a step that tells what one request alone takes
+LATEST = 0.1  # weight of a new step in its size's mean
 Asked = TypeVar("Asked")
+
+
+class SizeTimes:
+    """What steps take by the number of their tokens, in doublings.
+
+    Each doubling remembers its own mean. One line over all recent steps would not do: while a greedy client fills them they all have one size, and
+    what a small step takes is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.means: dict[int, tuple[float, float]] = {}
+        """Bit length of the number of tokens -> mean tokens and mean seconds, the latest steps counting most."""
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        size = tokens.bit_length()
+        x, y = self.means.get(size, (float(tokens), seconds))
+        self.means[size] = x + LATEST * (tokens - x), y + LATEST * (seconds - y)
+
+    def beside_the_smallest(self) -> int:
+        """Further tokens with which a step of the smallest size takes BESIDE times as long; 1 while no small size, or no other, is known."""
+        points = [self.means[size] for size in sorted(self.means)]
+        if len(points) < 2 or points[0][0] > SMALL:
+            return 1
+        (smallest, least), room = points[0], float(MANY)
+        for (x, y), (further, later) in pairwise(points):
+            slope = (later - y) / (further - x)
+            if later > BESIDE * least or (further, later) == points[-1]:
+                room = x + (BESIDE * least - y) / slope if slope > 0 else room
+                break
+        return max(1, min(MANY, int(room - smallest)))
 
 
 class Shares:
     """Each step is one client's: the one that has had the least of the engine's time. The others' requests come along as far as they hardly delay it.
 
-    What a step takes is measured, as a line over its tokens. A client whose turn it isn't may have as many tokens in it as take as long as the
-    step takes without any: so a request that is alone in its steps takes about twice its time beside one other client, however much that one asks.
+    What a step takes is measured by its size. A client whose turn it isn't may have as many tokens in it as make it take BESIDE times what the
+    smallest steps take: so a request takes about twice its time beside one other client, however much that one asks.
     """
 
     def __init__(self) -> None:
         self.cost = StepCost()
+        self.sizes = SizeTimes()
         self.used: dict[str, float] = {}
         """Seconds of the engine by client. One that comes, or comes back, has had no less than the one with the least: what it didn't use is gone."""
         self.least = 0.0
@@ -43,15 +79,19 @@ class Shares:
     @property
     def guests(self) -> int:
         """Tokens that each client whose turn it isn't may have in a step, at least one."""
-        slope = self.cost.slope
-        return max(1, min(MANY, int(self.fixed / slope))) if slope > 0 else MANY
+        return self.sizes.beside_the_smallest()
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        self.cost.add(tokens, seconds)
+        self.sizes.add(tokens, seconds)
 
     def took(self, seconds: float, tokens: Mapping[str, int]) -> None:
         """A step took so long, in which each client had so many tokens: all share what it takes without any, and each pays for its own."""
         total = sum(tokens.values())
         if not total:
             return
-        self.cost.add(total, seconds)
+        self.learn(total, seconds)
         fixed, slope = self.fixed / len(tokens), self.cost.slope
         for client, count in tokens.items():
             self.used[client] = self.used.get(client, self.least) + fixed + slope * count

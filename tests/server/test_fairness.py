@@ -14,7 +14,7 @@ from memdec.server.choice import CLIENT
 from memdec.server.engine.admission import NOBODY, Account, Admission, Client, account, turn_of_request
 from memdec.server.errors import QueueFull, RequestError, TooManyRequests
 from memdec.server.worker.fair import NEIGHBOUR, FairSteps
-from memdec.server.worker.shares import BACKGROUND, Shares, fitting
+from memdec.server.worker.shares import BACKGROUND, BESIDE, Shares, fitting
 
 FIXED, TOKEN = 0.010, 0.001  # seconds of a step, and of a token in it
 
@@ -23,7 +23,7 @@ def shares() -> Shares:
     """That know what steps cost."""
     made = Shares()
     for tokens in (1, 4, 16, 64, 2, 32) * 20:
-        made.cost.add(tokens, FIXED + TOKEN * tokens)
+        made.learn(tokens, FIXED + TOKEN * tokens)
     return made
 
 
@@ -35,11 +35,21 @@ def seconds(tokens: dict[str, int]) -> float:
 def test_guests_lengthen_a_step_by_what_it_takes_without_them() -> None:
     """By no more, and by one token at least."""
     made = shares()
-    assert made.guests == pytest.approx(FIXED / TOKEN, rel=0.2)
+    assert made.guests == pytest.approx((BESIDE - 1) * FIXED / TOKEN, abs=1)
     assert Shares().guests == 1
     for tokens in (1, 2, 3) * 50:
-        made.cost.add(tokens, 0.1 * tokens)
+        made.learn(tokens, 0.1 * tokens)
     assert made.guests >= 1
+
+
+def test_what_small_steps_take_is_not_forgotten() -> None:
+    """Nor mistaken for what the greedy client's steps suggest: these take more than a line through the small ones says."""
+    made = shares()
+    for tokens in (3, 5) * 20:
+        made.learn(tokens, 0.015)
+    for number in range(3000):
+        made.learn(60 + number % 5, 0.130)
+    assert made.guests < 15
 
 
 def test_equal_time_for_clients_that_always_want_more() -> None:

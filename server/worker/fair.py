@@ -31,7 +31,10 @@ class FairSteps:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shares = Shares()
-        self.began = 0.0
+        self.under_way: dict[int, tuple[float, str]] = {}
+        """When a step that hasn't ended was scheduled, and whose turn it is, by the identity of what was scheduled."""
+        self.ended = 0.0
+        """When the last step ended."""
         self.last_ran: dict[str, int] = {}
         """By request: the step it was in last."""
         self.stuck = False
@@ -41,12 +44,14 @@ class FairSteps:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's choice among the requests that may take part in this step."""
-        self.began = time.perf_counter()
+        began = time.perf_counter()
         mine: Any = self
         running = [r for r in mine.running if not r.is_finished()]
         waiting = [r for r in mine.waiting if r.status in READY]
         clients = {client_of(r) for r in (*running, *waiting)}
-        divided = len(clients) > 1 or self._has_neighbours(clients)
+        neighbours = self._has_neighbours(clients)  # always asked: it also notes who is here
+        divided = len(clients) > 1 or neighbours
+        turn = NOBODYS
         if not divided or self.stuck:
             found = super().schedule(*args, **kwargs)  # type: ignore[misc]
         else:
@@ -55,6 +60,7 @@ class FairSteps:
             with self._held(turn):
                 found = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.stuck = divided and not found.num_scheduled_tokens
+        self.under_way[id(found)] = began, turn
         self._drop_stale_drafts(found)
         return found
 
@@ -71,7 +77,12 @@ class FairSteps:
             if name in requests:
                 tokens[client_of(requests[name])] += count
         found = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        self.shares.took(time.perf_counter() - self.began, tokens)
+        now = time.perf_counter()
+        began, turn = self.under_way.pop(id(scheduler_output), (None, NOBODYS))
+        if began is not None:
+            # A step that was scheduled while another ran began when that one ended.
+            self.shares.took(now - max(began, self.ended), tokens, turn)
+        self.ended = now
         return found
 
     def _drop_stale_drafts(self, scheduled: Any) -> None:
@@ -93,11 +104,13 @@ class FairSteps:
         # A client alone keeps its order: rows that run in each step keep their drafts, too.
         running = mine.running if turn == NOBODYS else sorted(mine.running, key=self._ran)
         guests = [r for r in (*running, *ready) if client_of(r) != turn]
+        own = sum(asks(r) for r in mine.running if client_of(r) == turn)
         welcome: set[str] = set()
-        for client in {client_of(r) for r in guests}:
-            asked = [(r.request_id, max(1, r.num_tokens_with_spec - r.num_computed_tokens)) for r in guests if client_of(r) == client]
-            least = asked[0][1] if turn == NOBODYS else 1
-            welcome |= set(fitting(asked, max(self.shares.guests, least)))
+        clients = {client_of(r) for r in guests}
+        for client in clients if turn == NOBODYS else self.shares.joining(clients, turn, own):
+            asked = [(r.request_id, asks(r)) for r in guests if client_of(r) == client]
+            room = max(self.shares.between, asked[0][1]) if turn == NOBODYS else self.shares.guests
+            welcome |= set(fitting(asked, room))
         for request in mine.running:
             if client_of(request) != turn and request.request_id not in welcome:
                 overwrite(request, "next_decode_eligible_step", mine.current_step + 2)  # schedule() counts one on: the step after the next
@@ -152,6 +165,11 @@ def fair_scheduler(vllm_config: Any, **rest: Any) -> Scheduler:
     """`scheduler_cls` for engines that draft nothing: which of the two is known when vLLM has decided how it schedules."""
     chosen = FairAsyncScheduler if vllm_config.scheduler_config.async_scheduling else FairScheduler
     return chosen(vllm_config=vllm_config, **rest)
+
+
+def asks(request: Any) -> int:
+    """Tokens that a request wants of a step."""
+    return max(1, int(request.num_tokens_with_spec - request.num_computed_tokens))
 
 
 def client_of(request: Any) -> str:

@@ -14,7 +14,7 @@ from memdec.server.choice import CLIENT
 from memdec.server.engine.admission import NOBODY, Account, Admission, Client, account, turn_of_request
 from memdec.server.errors import QueueFull, RequestError, TooManyRequests
 from memdec.server.worker.fair import NEIGHBOUR, FairSteps
-from memdec.server.worker.shares import BACKGROUND, BESIDE, Shares, fitting
+from memdec.server.worker.shares import BACKGROUND, BESIDE, REMEMBERED, Shares, fitting
 
 FIXED, TOKEN = 0.010, 0.001  # seconds of a step, and of a token in it
 
@@ -79,6 +79,30 @@ def test_a_small_request_is_served_at_once_beside_one_that_fills_every_step() ->
         made.took(seconds(tokens), tokens)
     assert max(took) < 2.2 and tokens["hog"] > 5
     assert made.turn(["hog"]) == "hog"
+
+
+def test_who_adds_too_much_sits_out_the_steps_of_others() -> None:
+    """Whatever its tokens: each of a hog's steps takes long. A neighbour whose rows cost what they seem to goes on taking part; and both are tried again."""
+    made = shares()
+    for client in ("small", "neighbour"):
+        made.took(seconds({client: 1}), {client: 1}, client)
+    joined = Counter[str]()
+    for _ in range(300):
+        tokens = {"small": 1, **dict.fromkeys(made.joining(("hog", "neighbour"), "small", 1), 2)}
+        joined.update(tokens.keys())
+        made.took(seconds(tokens) + 0.05 * ("hog" in tokens), tokens, "small")
+    assert joined["neighbour"] > 200 and 3 <= joined["hog"] < 60
+    assert not Shares().joining(["hog"], "small", 1)
+
+
+def test_step_times_of_clients_that_have_gone_are_forgotten() -> None:
+    """However many keys there are."""
+    made = shares()
+    for number in range(2000):
+        made.turn([f"once {number}", "busy"])
+        made.took(0.01, {f"once {number}": 1})
+        made.took(0.02, {f"once {number}": 1, "busy": 1}, "busy")
+    assert len(made.alone) == len(made.added) == REMEMBERED
 
 
 def test_nobody_saves_turns_up() -> None:
@@ -230,12 +254,32 @@ def test_a_key_alone_leaves_room_for_one_that_was_here_lately() -> None:
     scheduler.shares = shares()
     scheduler.seen = {"key small": time.monotonic()}
     first, second = scheduler.schedule().num_scheduled_tokens, scheduler.schedule().num_scheduled_tokens
-    assert 0 < sum(first.values()) <= max(3, scheduler.shares.guests) and set(first) <= set(second)
+    assert 0 < sum(first.values()) <= max(3, scheduler.shares.between) and set(first) <= set(second)
     scheduler.seen = {"key small": time.monotonic() - NEIGHBOUR}
     assert len(scheduler.schedule().num_scheduled_tokens) > len(first)
     scheduler = Fair(rows("request 7", 100), [])
     scheduler.shares, scheduler.seen = shares(), {"": time.monotonic(), "request 6": time.monotonic()}
     assert len(scheduler.schedule().num_scheduled_tokens) == 100
+
+
+def test_one_that_only_ever_comes_beside_another_was_here_lately() -> None:
+    """It needn't have had a step to itself to be remembered."""
+    hog = rows("key hog", 100)
+    scheduler = Fair(list(hog), rows("key small", 1))
+    scheduler.shares = shares()
+    scheduler.schedule()
+    scheduler.running = hog
+    assert 0 < sum(scheduler.schedule().num_scheduled_tokens.values()) <= scheduler.shares.between
+
+
+def test_a_step_that_was_scheduled_while_another_ran_began_when_that_one_ended() -> None:
+    """What steps take isn't counted twice where the next is scheduled before the last has ended."""
+    scheduler = Fair(rows("one", 1), [])
+    first, second = scheduler.schedule(), scheduler.schedule()
+    time.sleep(0.05)
+    scheduler.update_from_output(first)
+    scheduler.update_from_output(second)
+    assert scheduler.shares.used["one"] < 0.09 and not scheduler.under_way
 
 
 def test_places_and_blocks_are_taken_back_from_who_has_most() -> None:

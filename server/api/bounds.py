@@ -1,7 +1,5 @@
 """Limits on the number of lists and objects in a request's body: vLLM validates each of them on the event loop, which blocks all other clients."""
 
-from typing import Any
-
 from memdec.server.errors import RequestError
 
 LONGEST_LIST = 10_000
@@ -12,7 +10,7 @@ MOST_IN_ALL = 8_192
 TOKENS = ("prompt", "tokens", "allowed_token_ids")  # not counted: cheap to validate, and bounded by the context length or the vocabulary
 
 
-def require_bounded(body: Any) -> None:
+def require_bounded(body: object) -> None:
     """Raise RequestError, naming the field, for lists and objects that are too long, or too many. Stops reading at the limit."""
     waiting, count = [("", body)], 0
     while waiting:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from memdec.server.api.keys import Key
 from memdec.server.api.openapi import DomainEntries, DomainEntry, Model, Models, answered
 from memdec.server.errors import UnknownModel
+from memdec.server.json_types import JsonObject
 from memdec.server.routing.domains import Domains
 
 router = APIRouter()
@@ -30,7 +31,7 @@ def require_model(name: str, domains: Domains) -> None:
 
 
 @router.get("/v1/domains", **answered(DomainEntries))
-async def domains(request: Request) -> dict[str, Any]:
+async def domains(request: Request) -> JsonObject:
     """All domains: default lambda, revision, size, tokenizer hash, measured perplexities; and slots, if domains may change.
 
     Slots are shown to whoever may use all domains.
@@ -41,19 +42,19 @@ async def domains(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/domains/{name}", **answered(DomainEntry))
-async def domain(name: str, request: Request) -> dict[str, Any]:
+async def domain(name: str, request: Request) -> JsonObject:
     """One domain."""
     return offered(request).find(name).to_json()
 
 
 @router.get("/v1/models", **answered(Models))
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request) -> JsonObject:
     """The base and one alias a domain."""
     return {"object": "list", "data": _cards(request)}
 
 
 @router.get("/v1/models/{name:path}", **answered(Model))
-async def model(name: str, request: Request) -> dict[str, Any]:
+async def model(name: str, request: Request) -> JsonObject:
     """One model or alias."""
     cards = {card["id"]: card for card in _cards(request)}
     if name not in cards:
@@ -67,7 +68,7 @@ async def tokenizer_info(request: Request) -> Any:
     return await request.app.state.serving_tokenization.get_tokenizer_info()
 
 
-def _cards(request: Request) -> list[dict[str, Any]]:
+def _cards(request: Request) -> list[JsonObject]:
     domains = offered(request)
     length = request.app.state.vllm_config.model_config.max_model_len
     shared = {"object": "model", "created": CREATED, "owned_by": "memdec", "max_model_len": length}

@@ -1,13 +1,12 @@
 """POST /v1/domains and DELETE /v1/domains/{name}, for the admin: attached only where domains may change."""
 
-from typing import Any
-
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from memdec.server.api.body import require_sound
 from memdec.server.api.openapi import DomainDeleted, DomainEntry, answered
+from memdec.server.json_types import JsonObject
 
 router = APIRouter()
 PATH = "/v1/domains"
@@ -34,7 +33,7 @@ async def load(body: NewDomain, request: Request) -> JSONResponse:
 
 
 @router.delete(f"{PATH}/{{name}}", **answered(DomainDeleted))
-async def unload(name: str, request: Request) -> dict[str, Any]:
+async def unload(name: str, request: Request) -> JsonObject:
     """Take no more requests for a domain; its decoder is unloaded when the last one is done."""
     await request.app.state.domain_updates.unload(name)
     return {"id": name, "object": "domain", "deleted": True}

@@ -1,7 +1,6 @@
 """Body fields that would do nothing are refused by name: old names, misspelt ones, and with --strict-fields all that nobody knows."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -61,7 +60,7 @@ def pin_forced_calls(request: BaseModel) -> None:
             function.strict = True
 
 
-def _is_neutral(name: str, value: Any, request: BaseModel) -> bool:
+def _is_neutral(name: str, value: object, request: BaseModel) -> bool:
     """Whether an old field's value equals what the server does anyway; null counts as not given."""
     return value is None or value is False or (name == "best_of" and value in (1, getattr(request, "n", 1)))
 

@@ -3,12 +3,13 @@
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
 from starlette.routing import Route
+
+from memdec.server.json_types import JsonObject
 
 router = APIRouter()
 docs = APIRouter(include_in_schema=False)
@@ -18,7 +19,7 @@ DAY = "private, max-age=86400"
 
 
 @router.get("/")
-async def index(request: Request) -> dict[str, Any]:
+async def index(request: Request) -> JsonObject:
     """The endpoints of this server, and where they are documented."""
     app, root = request.app, request.scope.get("root_path", "").rstrip("/")
     endpoints = {

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections import Counter
-from typing import Any
 
 from memdec.server.errors import RequestError
 
@@ -27,7 +26,7 @@ def require_plain(raw: bytes) -> None:
             _require_numbers(field[:SHOWN], value)
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """One object. Duplicate keys are refused: Python takes the last value, other parsers the first."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -36,7 +35,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _require_unicode(body: Any) -> None:
+def _require_unicode(body: object) -> None:
     """Refuse a lone surrogate: JSON can spell one, UTF-8 can't, so it would fail on the way to the engine with a 500."""
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -44,7 +43,7 @@ def _require_unicode(body: Any) -> None:
         raise RequestError("The body has half of a surrogate pair (\\ud800 to \\udfff alone), which is not text.") from None
 
 
-def _require_numbers(field: str, value: Any) -> None:
+def _require_numbers(field: str, value: object) -> None:
     """Refuse integers that the engine's messages can't carry, and NaN, Infinity and 1e999, which Python reads but JSON doesn't have."""
     waiting = [value]
     while waiting:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
@@ -18,9 +17,12 @@ from memdec.server.engine.openai_layer import (
     retrieve_responses,
     validate_json_request,
 )
+from memdec.server.engine.responses import MemoryResponses
 from memdec.server.errors import RequestError, UnknownResponse
 from memdec.server.routing.selection import Selection
 
+Event = str | bytes | memoryview
+"""What Starlette takes from an iterator of a body; vLLM's are texts."""
 router = APIRouter()
 
 
@@ -70,7 +72,7 @@ async def cancel(response_id: str, raw_request: Request) -> Response:
     return response
 
 
-async def _create(request: Any, raw_request: Request) -> Response:
+async def _create(request: ResponseRequest, raw_request: Request) -> Response:
     """vLLM's answer; a stream that breaks after its beginning ends with an event that says so."""
     response: Response = await create_responses(request, raw_request)
     if isinstance(response, StreamingResponse):
@@ -78,12 +80,12 @@ async def _create(request: Any, raw_request: Request) -> Response:
     return response
 
 
-async def _ended(events: AsyncIterator[Any], serving: Any) -> AsyncIterator[Any]:
+async def _ended(events: AsyncIterator[Event], serving: MemoryResponses) -> AsyncIterator[Event]:
     """Before the engine has answered, an error is raised: it is still an HTTP error then."""
     count, begun = 0, False
     try:
         async for event in events:
-            begun = begun or not event.startswith(BEFORE_ENGINE)
+            begun = begun or not (isinstance(event, str) and event.startswith(BEFORE_ENGINE))
             count += 1
             yield event
     except Exception as error:

@@ -1,11 +1,11 @@
 """Errors that quote what a client has sent stay short, whoever makes them: this is the one place where all pass."""
 
 import json
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memdec.server.errors import cut
+from memdec.server.json_types import JsonObject
 
 LARGEST = 2048
 """Bytes of an error's body."""
@@ -52,7 +52,7 @@ async def _send_short(start: Message, body: bytes, send: Send) -> None:
 def short(body: bytes) -> bytes:
     """An error's body with its texts cut until it has at most `LARGEST` bytes; what isn't in OpenAI's form is cut off there."""
     try:
-        error: dict[str, Any] = json.loads(body)["error"]
+        error: JsonObject = json.loads(body)["error"]
         texts = {name: value for name, value in error.items() if isinstance(value, str)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return body[:LARGEST]

@@ -3,9 +3,9 @@
 import contextlib
 import json
 import re
-from typing import Any
 
 from memdec.server.errors import RequestError
+from memdec.server.json_types import JsonObject
 
 COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 LARGEST_COUNT = 10_000
@@ -24,7 +24,7 @@ WITHOUT_EFFECT = {
 }
 
 
-def require_small(body: dict[str, Any]) -> None:
+def require_small(body: JsonObject) -> None:
     """Refuse schemas, grammars, regular expressions and choices that are too large, too deep or repeat too often: compile time grows with each.
 
     Raises RequestError that names the field.
@@ -33,7 +33,7 @@ def require_small(body: dict[str, Any]) -> None:
     if isinstance(asked, dict) and isinstance(asked.get("choice"), list):
         _require_few(asked["choice"])
     values = references = 0
-    waiting: list[tuple[str, Any, int]] = [(key, body.get(key), 0) for key in PLACES]
+    waiting: list[tuple[str, object, int]] = [(key, body.get(key), 0) for key in PLACES]
     while waiting:
         key, node, depth = waiting.pop()
         if isinstance(node, str):
@@ -55,7 +55,7 @@ def require_small(body: dict[str, Any]) -> None:
                 waiting += [("pattern", expression, depth + 1) for expression in node["patternProperties"]]
 
 
-def require_effective(body: dict[str, Any], compact: bool) -> None:
+def require_effective(body: JsonObject, compact: bool) -> None:
     """Refuse options of `structured_outputs` that would change nothing; `compact`: this server's JSON has no free white space.
 
     Raises RequestError that names the option.
@@ -80,7 +80,7 @@ def _require(held: bool, message: str, param: str = PLACES[1]) -> None:
         raise RequestError(message, param)
 
 
-def _require_few(choices: list[Any]) -> None:
+def _require_few(choices: list[object]) -> None:
     _require(len(choices) <= MOST_CHOICES, f"{len(choices):,} choices; this server takes at most {MOST_CHOICES:,}.", "choice")
     characters = sum(len(choice) for choice in choices if isinstance(choice, str))
     _require(characters <= LONGEST_CHOICES, f"The choices have {characters:,} characters; this server takes {LONGEST_CHOICES:,}.", "choice")
@@ -101,7 +101,7 @@ def _require_short(key: str, text: str) -> None:
             _require(held, f"A {what} repeats {count[:20]} times. It must be at most {LARGEST_COUNT:,}.", key)
 
 
-def _require_counts(schema: dict[str, Any]) -> None:
+def _require_counts(schema: JsonObject) -> None:
     for key in COUNTS & schema.keys():
         if isinstance(schema[key], int | float):
             _require(
@@ -111,7 +111,7 @@ def _require_counts(schema: dict[str, Any]) -> None:
             )
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> object:
     """A schema or tag that comes as text; the text itself if it is none. Raises RequestError where nesting would exhaust the parser."""
     if text.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError):

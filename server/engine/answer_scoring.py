@@ -5,17 +5,18 @@ To be dropped when vLLM's engine takes max_tokens 0, and with it prompts that fi
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
 
+from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.outputs import RequestOutput
+from vllm.inputs import TokensInput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]  # AsyncLLM.generate
 
 
 async def scored(
-    generate: Generate, model_config: Any, prompt: dict[str, Any], params: SamplingParams, request_id: str, **rest: Any
+    generate: Generate, model_config: ModelConfig, prompt: TokensInput, params: SamplingParams, request_id: str, **rest: object
 ) -> AsyncGenerator[RequestOutput, None]:
     """Outputs that end with the prompt. One that fills the context goes in without its last token, which is then the one generated."""
     ids: list[int] = prompt.get("prompt_token_ids") or []
@@ -51,7 +52,7 @@ def _require_raw(mode: str, params: SamplingParams) -> None:
         )
 
 
-def _hide(one: Any) -> None:
+def _hide(one: CompletionOutput) -> None:
     """Remove the generated token from an output."""
     one.text, one.token_ids, one.stop_reason = "", [], None
     one.logprobs = None if one.logprobs is None else []

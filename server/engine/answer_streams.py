@@ -3,11 +3,12 @@
 import copy
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any
 
+from vllm.logprobs import PromptLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from memdec.server.engine.answer_tokens import Place
+from memdec.server.json_types import JsonObject
 
 Outputs = AsyncIterator[tuple[int, RequestOutput]]
 """The outputs of several prompts, each with its prompt's number."""
@@ -19,7 +20,7 @@ async def one_by_one(outputs: Outputs) -> Outputs:
     When a choice that is a step ahead meets another's first output in RequestOutput.add, the newcomer's are dropped, and vLLM's stream then
     reads past the end of the wrong list. All choices share them, as in a plain answer. To be dropped when `add` keeps them.
     """
-    of_prompt: dict[int, Any] = {}
+    of_prompt: dict[int, PromptLogprobs | None] = {}
     async for prompt, output in outputs:
         scores = of_prompt.setdefault(prompt, output.prompt_logprobs)
         for choice in output.outputs:
@@ -78,7 +79,7 @@ async def finish_apart(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
         yield _event({**body, "choices": [_only_finish(choice)]})
 
 
-def _says(choice: dict[str, Any]) -> bool:
+def _says(choice: JsonObject) -> bool:
     """Whether an event carries anything besides finish_reason."""
     scores = choice.get("logprobs") or {}
     said = (
@@ -91,9 +92,9 @@ def _says(choice: dict[str, Any]) -> bool:
     return any(said)
 
 
-def _only_finish(choice: dict[str, Any]) -> dict[str, Any]:
+def _only_finish(choice: JsonObject) -> JsonObject:
     """The choice with its content emptied and all its keys kept."""
-    empty: dict[str, Any] = {"text": "", "delta": {}, "prompt_token_ids": None}
+    empty: JsonObject = {"text": "", "delta": {}, "prompt_token_ids": None}
     if choice.get("token_ids"):
         empty["token_ids"] = []
     if choice.get("logprobs"):  # those of no token, as at every event without one
@@ -101,5 +102,5 @@ def _only_finish(choice: dict[str, Any]) -> dict[str, Any]:
     return {key: empty.get(key, value) for key, value in choice.items()}
 
 
-def _event(body: dict[str, Any]) -> str:
+def _event(body: JsonObject) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -8,10 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 from vllm.entrypoints.generate.base.serving import format_token_id_placeholder
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+from memdec.server.engine.protocols import AddedToken, Tokenizer, Vocabulary
 
 UNDECODED = "\ufffd"  # what decoders put for bytes that aren't a whole character
 PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -20,7 +21,7 @@ BYTE_OF = {chr(b): b for b in PRINTED} | {chr(256 + i): b for i, b in enumerate(
 FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte in other vocabularies
 
 
-def bytes_of(tokenizer: Any, token: int) -> bytes:
+def bytes_of(tokenizer: Vocabulary, token: int) -> bytes:
     """A token's own bytes; joined, those of an answer's tokens are its text's."""
     text: str = convert_ids_list_to_tokens(tokenizer, [token])[0]
     if UNDECODED not in text:
@@ -33,7 +34,7 @@ def bytes_of(tokenizer: Any, token: int) -> bytes:
     return text.encode()
 
 
-def names_of(tokenizer: Any, texts: Mapping[int, str]) -> dict[int, str]:
+def names_of(tokenizer: Vocabulary, texts: Mapping[int, str]) -> dict[int, str]:
     """Token -> a name that no other candidate has: its text where that is unique, else its bytes as OpenAI spells them, else its id."""
     names = dict(texts)
     for named in (lambda token: _spelled(bytes_of(tokenizer, token)), format_token_id_placeholder):
@@ -48,16 +49,16 @@ def _spelled(raw: bytes) -> str:
 
 
 @lru_cache(maxsize=4)
-def hidden_in(tokenizer: Any) -> frozenset[int]:
+def hidden_in(tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that a tokenizer leaves out of generated text with skip_special_tokens."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    added: Mapping[int, AddedToken] = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if entry.special}
 
 
 class Place:
     """Where in a choice's text its next token begins, in characters."""
 
-    def __init__(self, tokenizer: Any, skip_special: bool, prompt: Sequence[int] = (), echoed: str = "") -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, prompt: Sequence[int] = (), echoed: str = "") -> None:
         """`skip_special`: of generated tokens. `prompt` and `echoed` are the tokens before those and their text, if the answer has them."""
         self.tokenizer, self.prompt = tokenizer, len(prompt)
         self.hidden = hidden_in(tokenizer) if skip_special else frozenset()

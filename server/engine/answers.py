@@ -4,32 +4,45 @@ What each mends, and what upstream change would let us drop it, is said beside i
 """
 
 import copy
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import TypeVar
 
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionLogProbs, ChatCompletionRequest
+from fastapi import Request
+from openai.types.responses.response_output_text import Logprob as ResponseLogprob
+from starlette.datastructures import State
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionLogProbs, ChatCompletionLogProbsContent, ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.completion.protocol import CompletionLogProbs, CompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionLogProbs, CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.context import ConversationContext
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, StreamingResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import EngineInput
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.renderers.chat_utils import ConversationMessage
+from vllm.sampling_params import SamplingParams
 
 from memdec.server.choice import SCORED
 from memdec.server.engine.answer_streams import Outputs, finish_apart, one_by_one, token_by_token
 from memdec.server.engine.answer_tokens import Place, bytes_of, names_of
+from memdec.server.engine.protocols import Tokenizer
 from memdec.server.in_place import become
 
+Candidates = Mapping[int, Logprob]
+"""A token's log-probability and those of others in its place, by token id."""
+Rendered = TypeVar("Rendered", list[EngineInput], tuple[list[ConversationMessage], list[EngineInput]])
+"""A completion's prompts; a chat's, with its conversation."""
 SPLIT = "one_event_per_token"  # a field of stream_options
 UNSCORED = Logprob(0.0)  # of a prompt's first token, which has no text yet either
 LEAST = -9999.0  # JSON has no minus infinity; vLLM's, and OpenAI's, number for it
 
 
-def put_right(state: Any) -> None:
+def put_right(state: State) -> None:
     """Give the serving objects that vLLM has made the classes of this file."""
     become(state.openai_serving_completion, Completions)
     become(state.openai_serving_chat, Chats)
@@ -41,20 +54,22 @@ class Completions(OpenAIServingCompletion):
     next_places: Iterator[Place]
     """Of the choices whose log-probabilities vLLM makes next, as it calls for them."""
 
-    async def create_completion(self, request: CompletionRequest, raw_request: Any = None) -> Any:
+    async def create_completion(
+        self, request: CompletionRequest, raw_request: Request | None = None
+    ) -> AsyncGenerator[str, None] | CompletionResponse | ErrorResponse:
         """vLLM's. A request to score its prompt says so to the engine's client."""
         if _is_scoring(request):
             request.vllm_xargs = {**(request.vllm_xargs or {}), SCORED: 1}
         return await super().create_completion(request, raw_request)
 
-    async def render_completion_request(self, request: CompletionRequest) -> Any:
+    async def render_completion_request(self, request: CompletionRequest) -> list[EngineInput] | ErrorResponse:
         """The prompts as token ids, those to be echoed also as text: vLLM leaves it out with return_token_ids, and then echoes nothing."""
         prompts = await super().render_completion_request(request.model_copy(update={"return_token_ids": False}))
         return prompts if _is_scoring(request) else _with_room(prompts, self.model_config.max_model_len, request.max_tokens)
 
     def completion_stream_generator(
-        self, request: CompletionRequest, engine_inputs: Any, result_generator: Outputs, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, request: CompletionRequest, engine_inputs: list[EngineInput], result_generator: Outputs, *args: object, **kwargs: object
+    ) -> AsyncGenerator[str, None]:
         """Events of an answer."""
         outputs = one_by_one(result_generator)
         if by_token(request):
@@ -65,7 +80,7 @@ class Completions(OpenAIServingCompletion):
             super(Completions, mine).completion_stream_generator(_generating(request), engine_inputs, outputs, *args, **kwargs)
         )
 
-    async def _followed(self, request: CompletionRequest, engine_inputs: Any, outputs: Outputs) -> Outputs:
+    async def _followed(self, request: CompletionRequest, engine_inputs: list[EngineInput], outputs: Outputs) -> Outputs:
         """The outputs, while each one's place is the next; the first of a choice with the prompt's text where vLLM leaves it out."""
         places: dict[tuple[int, int], Place] = {}
         async for number, output in outputs:
@@ -79,8 +94,8 @@ class Completions(OpenAIServingCompletion):
             yield number, output
 
     def request_output_to_completion_response(
-        self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: object, **kwargs: object
+    ) -> CompletionResponse:
         """A plain answer."""
         choices = [output for output in final_res_batch for _ in output.outputs]
         mine = copy.copy(self)  # answers are made in threads, too
@@ -95,8 +110,8 @@ class Completions(OpenAIServingCompletion):
         return Place(self.renderer.tokenizer, request.skip_special_tokens, *((prompt or (), text or "") if echoed else ()))
 
     def _create_completion_logprobs(
-        self, token_ids: Sequence[int], top_logprobs: Sequence[Any], num_output_top_logprobs: int, tokenizer: Any,
-        logprob_token_ids: list[int] | None = None, return_as_token_id: bool | None = None, **_: Any
+        self, token_ids: Sequence[int], top_logprobs: Sequence[Candidates | None], num_output_top_logprobs: int, tokenizer: Tokenizer,
+        logprob_token_ids: list[int] | None = None, return_as_token_id: bool | None = None, **_: object
     ) -> CompletionLogProbs:  # fmt: skip
         """Log-probabilities of a stretch of tokens.
 
@@ -119,14 +134,16 @@ class Completions(OpenAIServingCompletion):
 class Chats(OpenAIServingChat):
     """`/v1/chat/completions`."""
 
-    async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
+    async def render_chat_request(
+        self, request: ChatCompletionRequest
+    ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
         """The conversation and its prompt as token ids."""
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         return _with_room(await super().render_chat_request(request), self.model_config.max_model_len, asked)
 
     def chat_completion_stream_generator(
-        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
-    ) -> Any:
+        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: object, **kwargs: object
+    ) -> AsyncGenerator[str, None]:
         """Events of an answer."""
         outputs = self._split(request, result_generator) if by_token(request) else result_generator
         return finish_apart(super().chat_completion_stream_generator(request, outputs, *args, **kwargs))
@@ -139,7 +156,7 @@ class Chats(OpenAIServingChat):
             yield output
 
     def _create_chat_logprobs(
-        self, token_ids: Sequence[int], top_logprobs: Sequence[Any], tokenizer: Any, *args: Any, **kwargs: Any
+        self, token_ids: Sequence[int], top_logprobs: Sequence[Candidates | None], tokenizer: Tokenizer, *args: object, **kwargs: object
     ) -> ChatCompletionLogProbs:
         """vLLM's, with each token's own bytes."""
         logprobs: ChatCompletionLogProbs = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *args, **kwargs)
@@ -151,17 +168,22 @@ class Chats(OpenAIServingChat):
 class Responses(OpenAIServingResponses):
     """`/v1/responses`. Each stream is made by a copy of the app's object, which knows what was not told yet."""
 
-    untold: list[tuple[int, Any]] | None = None
+    untold: list[tuple[int, Candidates]] | None = None
     """Of a stream: tokens and their log-probabilities for which there was no event yet."""
 
-    def _validate_generator_input(self, engine_input: Any) -> Any:
+    def _validate_generator_input(self, engine_input: EngineInput) -> ErrorResponse | None:
         """Nothing. Raises VLLMValidationError for a prompt without room for an answer: vLLM says that 512 exceeds 512."""
         _with_room([engine_input], self.model_config.max_model_len, None)
         return super()._validate_generator_input(engine_input)
 
     async def _process_simple_streaming_events(
-        self, request: Any, sampling_params: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
-    ) -> AsyncIterator[Any]:
+        self,
+        request: ResponsesRequest,
+        sampling_params: SamplingParams,
+        result_generator: AsyncIterator[ConversationContext],
+        *args: object,
+        **kwargs: object,
+    ) -> AsyncIterator[StreamingResponsesResponse]:
         """vLLM's events, without a loss of log-probabilities: it makes no event of an output without text, such as a part of a character.
 
         To be dropped when it keeps what belongs to such an output for the next event.
@@ -174,7 +196,7 @@ class Responses(OpenAIServingResponses):
                 mine.untold.clear()
             yield event
 
-    async def _collected(self, contexts: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _collected(self, contexts: AsyncIterator[ConversationContext]) -> AsyncIterator[ConversationContext]:
         """The stream's contexts, while what came last is the latest of the untold."""
         async for context in contexts:
             if self.untold is not None and context.last_output is not None:
@@ -183,26 +205,28 @@ class Responses(OpenAIServingResponses):
             yield context
 
     def _create_response_logprobs(
-        self, token_ids: Sequence[int], logprobs: Any, tokenizer: Any, top_logprobs: int | None = None
-    ) -> list[Any]:
+        self, token_ids: Sequence[int], logprobs: Sequence[Candidates], tokenizer: Tokenizer, top_logprobs: int | None = None
+    ) -> list[ResponseLogprob]:
         """vLLM's, with each token's own bytes, as in chats; in a stream, of all tokens since the last text."""
         if self.untold is not None:
             token_ids, logprobs = [t for t, _ in self.untold], [c for _, c in self.untold]
             self.untold.clear()
-        entries: list[Any] = super()._create_response_logprobs(token_ids, logprobs, tokenizer, top_logprobs)
+        entries: list[ResponseLogprob] = super()._create_response_logprobs(token_ids, logprobs, tokenizer, top_logprobs)
         for entry, token, candidates in zip(entries, token_ids, logprobs, strict=True):
             _give_bytes(entry, tokenizer, token, candidates)
         return entries
 
 
-def _give_bytes(entry: Any, tokenizer: Any, token: int, candidates: Any) -> None:
+def _give_bytes(
+    entry: ChatCompletionLogProbsContent | ResponseLogprob, tokenizer: Tokenizer, token: int, candidates: Candidates | None
+) -> None:
     """Give a token's entry and its candidates their own bytes: vLLM's are those of the text, which a part of a character has not."""
     entry.bytes = list(bytes_of(tokenizer, token))
     for other, candidate in zip(entry.top_logprobs, candidates or (), strict=False):
         other.bytes = list(bytes_of(tokenizer, candidate))
 
 
-def by_token(request: Any) -> bool:
+def by_token(request: CompletionRequest | ChatCompletionRequest) -> bool:
     """Whether a stream shall have one event a token. Raises VLLMValidationError if that is not said as a boolean."""
     asked = ((request.stream_options and request.stream_options.model_extra) or {}).get(SPLIT, False)
     if not isinstance(asked, bool):
@@ -228,7 +252,7 @@ def _echoing(request: CompletionRequest, choice: CompletionOutput, prompt: str |
     return echoing
 
 
-def _with_room(rendered: Any, context: int, asked: int | None) -> Any:
+def _with_room(rendered: Rendered | ErrorResponse, context: int, asked: int | None) -> Rendered | ErrorResponse:
     """What was rendered. Raises VLLMValidationError for a prompt that leaves no token of the context for the answer that was asked for.
 
     vLLM's own check lets it pass, and then finds that max_tokens, whatever the client said, is 0. To be dropped when it doesn't.
@@ -246,5 +270,5 @@ def _with_room(rendered: Any, context: int, asked: int | None) -> Any:
     return rendered
 
 
-def _floored(score: Any) -> float:
+def _floored(score: Logprob) -> float:
     return max(float(score.logprob), LEAST)

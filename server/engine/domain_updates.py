@@ -8,10 +8,10 @@ of the event loop. A request gets its slot when it enters the engine and keeps i
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from memdec.decoders.reading.errors import DecoderError
 from memdec.decoders.reading.files import is_utf8, sendable
@@ -21,6 +21,7 @@ from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model
 from memdec.server.checked_models import Models, domain_of, open_decoder, require_one_shape
 from memdec.server.engine.in_thread import in_thread
+from memdec.server.engine.protocols import Engine
 from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
 from memdec.server.routing.domains import DECODER, NONE, Domain
@@ -44,7 +45,7 @@ class CheckedDecoder:
 class DomainUpdates:
     """Loads, replaces and unloads the decoders of a running server, and publishes the new domains in `engine.loaded`."""
 
-    def __init__(self, engine: Any, models: Models, options: UpdateOptions) -> None:
+    def __init__(self, engine: Engine, models: Models, options: UpdateOptions) -> None:
         self.engine, self.options = engine, options
         self.tokenizer = load_tokenizer(models.base)
         self.base_revision = fingerprint_model(models.base)
@@ -54,7 +55,7 @@ class DomainUpdates:
         self.draining: dict[int, Domain] = {}
         """Slot -> its former domain: takes no new requests, but has unfinished ones."""
         self.lock = asyncio.Lock()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[object]] = set()
 
     async def load(self, name: str, path: str) -> tuple[Domain, bool]:
         """Load a decoder as a new domain (True) or as the next revision of one (False). Raises RequestError; then all is as it was."""
@@ -74,12 +75,12 @@ class DomainUpdates:
             self.engine.loaded.publish(current.without(name))
             self._drain(current.slots[name], domain)
 
-    def slots_json(self) -> dict[str, Any]:
+    def slots_json(self) -> dict[str, object]:
         """Slots in total, free slots, and the revisions that still answer their last requests."""
         leaving = [{"name": d.name, "revision": d.revision} for d in self.draining.values()]
         return {"total": self.options.slots, "free": len(list(self._free())), "draining": leaving}
 
-    def _keep(self, work: Any) -> Any:
+    def _keep(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         """Start a task and keep a reference to it: the event loop holds only a weak one."""
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
@@ -192,7 +193,7 @@ class DomainUpdates:
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(self.engine.everywhere(method, *args), CLEARING)
 
-    async def _everywhere(self, method: str, *args: Any) -> list[Any]:
+    async def _everywhere(self, method: str, *args: object) -> list[object]:
         """Every worker's answer. Raises BadPackage if one is a string: a worker's error message."""
         answers = [answer for ranks in await self.engine.everywhere(method, *args) for answer in ranks]
         if failure := next((a for a in answers if isinstance(a, str)), None):

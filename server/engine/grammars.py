@@ -8,13 +8,14 @@ from collections import OrderedDict, defaultdict
 from contextvars import ContextVar
 from dataclasses import asdict
 from http import HTTPStatus
-from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.entrypoints.generate.base import protocol
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from memdec.server.engine.sandbox import READY, SECONDS, WALL_SECONDS, Sandbox
+from memdec.server.json_types import JsonObject
 
 KNOWN = 512  # grammars whose outcome is remembered
 AT_ONCE = 2  # compiles of one client
@@ -40,10 +41,10 @@ def leave_tags_to_the_sandbox() -> None:
 class Grammars:
     """Checks each request's grammar once, in the sandbox, as vLLM would check and compile it."""
 
-    def __init__(self, vllm_config: Any, sandbox: Sandbox | None) -> None:
+    def __init__(self, vllm_config: VllmConfig, sandbox: Sandbox | None) -> None:
         self.vllm_config = vllm_config
         self.sandbox = sandbox
-        self.known: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+        self.known: OrderedDict[bytes, JsonObject] = OrderedDict()
         self.places: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(AT_ONCE))
         self.all_places = asyncio.Semaphore(ALTOGETHER)
         leave_tags_to_the_sandbox()
@@ -61,7 +62,7 @@ class Grammars:
         passed._backend = self.vllm_config.structured_outputs_config.backend
         return passed
 
-    async def _outcome(self, asked: bytes) -> dict[str, Any]:
+    async def _outcome(self, asked: bytes) -> JsonObject:
         key, who = hashlib.sha256(asked).digest(), asking.get()
         if key not in self.known:
             place = self.places[who]
@@ -85,7 +86,7 @@ class Grammars:
         if place._value == AT_ONCE and not place._waiters:
             self.places.pop(who, None)
 
-    async def _compiled(self, asked: bytes) -> dict[str, Any]:
+    async def _compiled(self, asked: bytes) -> JsonObject:
         """What the sandbox says of a grammar. Leaving ends the compile. Raises GracefulHTTPError where it found no time."""
         loop = asyncio.get_running_loop()
         try:
@@ -105,10 +106,10 @@ class Grammars:
             raise RuntimeError("the process that compiles grammars has failed; see the log")
         if answer == READY and loop.time() - began >= WALL_SECONDS:  # it may be as small as any
             raise GracefulHTTPError(TOO_BUSY, HTTPStatus.SERVICE_UNAVAILABLE)
-        outcome: dict[str, Any] = json.loads(answer[len(READY) :] or json.dumps({"refused": TOO_COSTLY}))
+        outcome: JsonObject = json.loads(answer[len(READY) :] or json.dumps({"refused": TOO_COSTLY}))
         return outcome
 
-    def _ask(self) -> Any:
+    def _ask(self) -> socket.socket:
         if self.sandbox is None:
             self.sandbox = Sandbox.start()
             self.sandbox.equip(self.vllm_config)

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.core_client import AsyncMPClient
 
 from memdec.server.in_place import overwrite
 
@@ -38,11 +40,11 @@ class Liveness:
         """Whether that is longer than any step should take."""
         return (self.waited() or 0.0) > self.limit
 
-    def watch(self, client: Any) -> None:
+    def watch(self, client: AsyncMPClient) -> None:
         """See every step's outputs of vLLM's AsyncMPClient pass. An engine with statistics off sends none for steps without a token."""
         receive = client.get_output_async
 
-        async def watched() -> Any:
+        async def watched() -> EngineCoreOutputs:
             outputs = await receive()
             self.stepped(outputs.engine_index)
             return outputs
@@ -50,7 +52,7 @@ class Liveness:
         overwrite(client, "get_output_async", watched)
 
 
-def engines_with_work(client: Any, unfinished: int) -> set[int]:
+def engines_with_work(client: AsyncMPClient, unfinished: int) -> set[int]:
     """Numbers of the engines that have some of the unfinished requests: only vLLM's load-balancing client has several, and knows who has which."""
     if not unfinished:
         return set()

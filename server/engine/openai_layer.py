@@ -3,10 +3,11 @@
 import logging
 from argparse import Namespace
 from asyncio import CancelledError
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
 
 from starlette.applications import Starlette
+from starlette.datastructures import State
 from starlette.middleware.cors import CORSMiddleware
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.utils.server_utils import lifespan
@@ -27,12 +28,19 @@ from vllm.entrypoints.serve.middleware.register import init_entrypoints_middlewa
 from vllm.entrypoints.serve.tokenize.api_router import router as tokenize_router
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMServerError, VLLMValidationError
+from vllm.inputs import TokensInput
+from vllm.renderers.online_renderer import ResponsesRenderResult
 
 from memdec.server.engine.answers import put_right
 from memdec.server.engine.grammars import asking
 from memdec.server.engine.large_answers import build_later, create_chat_completion, create_completion
 from memdec.server.engine.responses import MemoryResponses
 from memdec.server.in_place import become, overwrite
+
+Rendered: TypeAlias = list[TokensInput] | tuple[object, list[TokensInput]] | ResponsesRenderResult
+"""A completion's prompts, a chat's with its conversation, a response's."""
+Render = Callable[..., Awaitable[Rendered | ErrorResponse]]
+"""A method of vLLM's that turns a request into prompts of token ids."""
 
 __all__ = [
     "BaseModelPath",
@@ -78,19 +86,19 @@ def add_middleware(app: Starlette, args: Namespace) -> None:
     app.user_middleware[:] = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
 
 
-def equip_responses(state: Any) -> None:
+def equip_responses(state: State) -> None:
     """Turn vLLM's serving object of /v1/responses into ours."""
     become(state.openai_serving_responses, MemoryResponses)
 
 
-def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
+def limit_tokens(state: State, prompt: int | None, output: int | None) -> None:
     """Have the app's serving objects refuse prompts of more than `prompt` tokens, and end answers at `output` where a client names no max_tokens.
 
     Only here is it known how many tokens a prompt has.
     """
 
-    def limited(render: Callable[..., Awaitable[Any]], parameter: str) -> Callable[..., Awaitable[Any]]:
-        async def rendered(*args: Any, **kwargs: Any) -> Any:
+    def limited(render: Render, parameter: str) -> Render:
+        async def rendered(*args: object, **kwargs: object) -> Rendered | ErrorResponse:
             prompts = await render(*args, **kwargs)
             if prompt is None or isinstance(prompts, ErrorResponse):
                 return prompts
@@ -112,11 +120,14 @@ def limit_tokens(state: Any, prompt: int | None, output: int | None) -> None:
         overwrite(serving, "override_max_tokens", least)
 
 
-def _prompts(rendered: Any) -> Any:
+def _prompts(rendered: Rendered) -> Sequence[TokensInput]:
     """Prompts for the engine, from what vLLM has rendered: a chat's and a response's come with their conversation."""
+    prompts: Sequence[TokensInput]
     if isinstance(rendered, tuple):
-        return rendered[1]
-    return rendered if isinstance(rendered, list) else [rendered.engine_input]
+        _, prompts = rendered
+    else:
+        prompts = rendered if isinstance(rendered, list) else [rendered.engine_input]
+    return prompts
 
 
 def log_no_client_errors() -> None:

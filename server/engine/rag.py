@@ -6,11 +6,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from types import SimpleNamespace
-from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import EngineInput, TokensInput
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from memdec.server.choice import SEGMENT, MemoryChoice
@@ -29,8 +31,8 @@ NOT_STRIDED = {  # what would have to be carried from one pass to the next, and 
 
 
 async def retrieve_once(
-    generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: dict[str, Any], params: SamplingParams,
-    request_id: str, **rest: Any
+    generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: TokensInput, params: SamplingParams,
+    request_id: str, **rest: object
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
     """Outputs of the prompt with a passage before it, which is counted; what they say of the prompt is the client's own."""
     ids = token_ids(prompt)
@@ -47,19 +49,19 @@ async def retrieve_once(
 
 
 async def retrieve_every(
-    stride: int, generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: dict[str, Any], params: SamplingParams,
-    request_id: str, tokenizer: Any, **rest: Any
+    stride: int, generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: TokensInput, params: SamplingParams,
+    request_id: str, tokenizer: TokenizerLike, **rest: object
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
     """As above, with a new passage, and so a new pass over passage and context, every `stride` tokens."""
     require_stridable(params)
     ids = token_ids(prompt)
     room, params = make_room(finder, context, ids, params)
     wanted = params.max_tokens or context - len(ids) - room
-    request: Any = SimpleNamespace(sampling_params=params, prompt_token_ids=ids, request_id=request_id)
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=ids, request_id=request_id)
     text = IncrementalDetokenizer.from_new_request(tokenizer if params.detokenize else None, request)
     streamed = params.output_kind == RequestOutputKind.DELTA
     made: list[int] = []
-    logprobs: list[Any] = []
+    logprobs: list[dict[int, Logprob]] = []
     sent, arrival = 0, prompt.get("arrival_time", time.time())
     while True:
         piece = _piece(params, min(stride, wanted - len(made)), len(made))
@@ -109,7 +111,7 @@ def require_stridable(params: SamplingParams) -> None:
             raise VLLMValidationError(f"rag_stride can't be used with {name}: drop one of them", parameter="rag_stride")
 
 
-def token_ids(prompt: Any) -> list[int]:
+def token_ids(prompt: EngineInput) -> list[int]:
     """The prompt's token ids. Raises VLLMValidationError for prompts that have none."""
     if not isinstance(prompt, dict) or prompt.get("type") != "token":
         raise VLLMValidationError("memory 'rag' needs a prompt of text or token ids", parameter="memory")
@@ -119,7 +121,7 @@ def token_ids(prompt: Any) -> list[int]:
     return ids
 
 
-def _with_ids(prompt: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+def _with_ids(prompt: TokensInput, ids: list[int]) -> TokensInput:
     return {**{k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_offsets")}, "prompt_token_ids": ids}
 
 

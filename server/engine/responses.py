@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from openai.types.responses import ResponseErrorEvent
-from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse, StreamingResponsesResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from memdec.server.engine.answers import Responses
 from memdec.server.retrieval.rag import added
@@ -17,7 +17,7 @@ FAILED = "The server failed to answer. Its log says why."
 class MemoryResponses(Responses):
     """The serving object of /v1/responses; an OpenAIServingResponses becomes one in place."""
 
-    async def responses_full_generator(self, *args: Any, **kwargs: Any) -> Any:
+    async def responses_full_generator(self, *args: object, **kwargs: object) -> ResponsesResponse | ErrorResponse:
         """The answer, with what retrieval put before the prompt in its usage; the one that vLLM has stored is the same object."""
         response = await super().responses_full_generator(*args, **kwargs)
         if isinstance(response, ResponsesResponse) and response.usage is not None:
@@ -28,13 +28,13 @@ class MemoryResponses(Responses):
     # vLLM leaves a background request that raises "queued" for ever, and whoever reads its stream waiting. When it ends both itself,
     # what follows can go.
 
-    async def _run_background_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    async def _run_background_request(self, request: ResponsesRequest, *args: object, **kwargs: object) -> None:
         try:
             await super()._run_background_request(request, *args, **kwargs)
         except Exception as error:
             self._fail(request.request_id, error)
 
-    async def _run_background_request_stream(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    async def _run_background_request_stream(self, request: ResponsesRequest, *args: object, **kwargs: object) -> None:
         try:
             await super()._run_background_request_stream(request, *args, **kwargs)
         except Exception as error:
@@ -43,7 +43,9 @@ class MemoryResponses(Responses):
             self._fail(request.request_id, error)
             signal.set()
 
-    async def responses_background_stream_generator(self, response_id: str, starting_after: int | None = None) -> AsyncGenerator[Any, None]:
+    async def responses_background_stream_generator(
+        self, response_id: str, starting_after: int | None = None
+    ) -> AsyncGenerator[StreamingResponsesResponse, None]:
         """The events of a background request, from the start or after one of them; ends when there will be no more."""
         events, signal = self.event_store.get(response_id) or ((), asyncio.Event())
         at = 0 if starting_after is None else starting_after + 1
@@ -67,7 +69,7 @@ class MemoryResponses(Responses):
         return ResponseErrorEvent(type="error", code=str(info.code), message=message, param=info.param, sequence_number=number)
 
     def _fail(self, response_id: str, error: Exception) -> None:
-        stored: Any = self.response_store.get(response_id)
+        stored: ResponsesResponse | None = self.response_store.get(response_id)
         if stored is not None and stored.status not in ("completed", "cancelled"):
             event = self.error_event(error, 0)
             stored.status, stored.error = "failed", {"code": event.code, "message": event.message}

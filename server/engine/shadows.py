@@ -4,12 +4,13 @@ import asyncio
 import random
 import secrets
 from collections.abc import Mapping
-from typing import Any
 
+from vllm.inputs import EngineInput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from memdec.server import metrics
 from memdec.server.choice import CLIENT, MemoryChoice
+from memdec.server.engine.protocols import Engine
 from memdec.server.routing.domains import KNN, NONE, RAG
 from memdec.server.worker.shares import BACKGROUND
 
@@ -21,9 +22,9 @@ Baselines = Mapping[str, tuple[tuple[str, float], ...]]  # domain -> (mode, lamb
 class Shadows:
     """One replay at a time, whatever the load; what doesn't fit the queue is dropped and counted."""
 
-    def __init__(self, engine: Any, rate: float, baselines: Baselines) -> None:
+    def __init__(self, engine: Engine, rate: float, baselines: Baselines) -> None:
         self.engine, self.rate, self.baselines = engine, rate, baselines
-        self.queue: asyncio.Queue[tuple[dict[str, Any], SamplingParams, MemoryChoice]] = asyncio.Queue(QUEUED)
+        self.queue: asyncio.Queue[tuple[Mapping[str, object], SamplingParams, MemoryChoice]] = asyncio.Queue(QUEUED)
         self.random = random.Random()  # noqa: S311
         self.salt = secrets.token_hex(16)
         """Prefix-cache salt of all replays and of nothing else, so that no client's request hits their blocks."""
@@ -33,7 +34,7 @@ class Shadows:
                     metrics.SHADOWS.labels(mode, domain, outcome)  # exported from the start, at 0
         self.task = asyncio.get_running_loop().create_task(self._run())
 
-    def offer(self, prompt: Any, params: SamplingParams, domain: str) -> None:
+    def offer(self, prompt: EngineInput, params: SamplingParams, domain: str) -> None:
         """Sample one decoder request of a client's."""
         if self.engine.draining or self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
             return

@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+
+Params = TypeVar("Params", SamplingParams, PoolingParams)
 MOST = "max_whitespace_cnt"
 
 
-def bounded(params: Any) -> Any:
+def bounded(params: Params) -> Params:
     """A request's sampling parameters, with a bound on white space in its structural tag if it has one; a client's own bound stays.
 
     vLLM's `disable_any_whitespace` reaches JSON schemas, but not those inside of structural tags: a small model, greedy, then writes white
@@ -25,7 +29,7 @@ def bounded(params: Any) -> Any:
     return params
 
 
-def _bound(node: Any) -> Any:
+def _bound(node: object) -> object:
     if isinstance(node, list):
         return [_bound(one) for one in node]
     if not isinstance(node, dict):

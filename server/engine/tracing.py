@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 
 MODE, DOMAIN = "memdec.mode", "memdec.domain"
 _label: ContextVar[tuple[str, str] | None] = ContextVar("label", default=None)
@@ -15,7 +15,7 @@ _label: ContextVar[tuple[str, str] | None] = ContextVar("label", default=None)
 class MemoryAttributes(SpanProcessor):
     """Adds the current request's label to every span that starts."""
 
-    def on_start(self, span: Any, parent_context: Any = None) -> None:  # noqa: ARG002
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:  # noqa: ARG002
         """vLLM makes its span and ends it in one call, so this is the only place to add to it."""
         if (label := _label.get()) is not None:
             span.set_attributes({MODE: label[0], DOMAIN: label[1]})

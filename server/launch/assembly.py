@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import vllm
@@ -18,13 +17,14 @@ from memdec.server import metrics
 from memdec.server.api.app import assemble, inform
 from memdec.server.api.settings import Settings, Web
 from memdec.server.engine import openai_layer as vllm_api
+from memdec.server.engine.client import MemoryEngine
 from memdec.server.engine.domain_updates import DomainUpdates
 from memdec.server.engine.loaded_domains import LoadedDomains
 from memdec.server.engine.shadows import Shadows, baselines_of
 from memdec.server.retrieval.rag import PassageFinder
 
 
-def equip(engine: Any, settings: Settings) -> DomainUpdates | None:
+def equip(engine: MemoryEngine, settings: Settings) -> DomainUpdates | None:
     """Give a MemoryEngine its domains, RAG passages, baseline replays and metric labels; returns what changes the domains, if they may change."""
     models = settings.models
     engine.liveness.limit = settings.limits.step_timeout
@@ -60,7 +60,7 @@ def web_of(args: Namespace) -> Web:
     )  # fmt: skip
 
 
-async def app_around(engine: Any, args: Namespace, settings: Settings, say_ready: Callable[[], None]) -> FastAPI:
+async def app_around(engine: MemoryEngine, args: Namespace, settings: Settings, say_ready: Callable[[], None]) -> FastAPI:
     """The app of `memdec serve`, around a running engine."""
     updates = equip(engine, settings)
     app = app_of(args, settings, say_ready)

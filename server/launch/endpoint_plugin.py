@@ -5,10 +5,11 @@ where VLLM_PLUGINS names it. Each API server process has its own engine client, 
 """
 
 from argparse import Namespace
-from typing import Any
 
 import uvicorn.protocols.http.auto
 from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from memdec.server import logs
 from memdec.server.api.app import inform
@@ -35,7 +36,7 @@ class MemoryRoutes:
         if self.settings.limits.log_json:
             logs.write_json()
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+    async def init_state(self, engine_client: AsyncLLM, state: State, args: Namespace) -> None:
         """Turn the engine's client into ours, and let all requests go to the app that `memdec serve` would serve.
 
         vLLM's launcher serves the app that it has built. A hook that returns another would spare us taking its stack's place, and one for

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from memdec.server.json_types import JsonObject
 
 OPTION = "--structured-outputs-config"
 COMPACT = ("xgrammar", "guidance")  # backends that can do without free white space
@@ -25,10 +26,10 @@ def with_defaults(words: Sequence[str]) -> list[str]:
     return [*rest, f"{OPTION}={json.dumps(given)}"]
 
 
-def _taken_out(words: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+def _taken_out(words: list[str]) -> tuple[list[str], JsonObject | None]:
     """The other words, and what those of the option say together; None if that is no JSON, which is for vLLM to complain about."""
     rest: list[str] = []
-    given: dict[str, Any] = {}
+    given: JsonObject = {}
     while words:
         name, equals, value = words[0].partition("=")
         name, dot, key = name.partition(".")

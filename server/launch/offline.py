@@ -3,7 +3,6 @@
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 from vllm import LLM, SamplingParams
+from vllm.v1.metrics.reader import Counter, Vector
 
 from memdec.server.choice import MemoryChoice
 from memdec.server.composite_spec import CompositeSpec, DecoderEntry
@@ -35,7 +35,7 @@ class OfflineEngine:
     """A base, with decoders or as plain vLLM serves it."""
 
     def __init__(
-        self, base: str, architecture: str, decoders: dict[str, str], drafter: str | None = None, drafted: int = 0, **options: Any
+        self, base: str, architecture: str, decoders: dict[str, str], drafter: str | None = None, drafted: int = 0, **options: object
     ) -> None:
         """`decoders` maps domains to folders; with none, this is vLLM without us. `drafter` names a class of memdec.server.worker.drafter."""
         self.composite = bool(decoders)
@@ -73,6 +73,6 @@ class OfflineEngine:
         counters = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
         if not counters:
             return 0, []
-        at: Any = counters["vllm:spec_decode_num_accepted_tokens_per_pos"]
-        count: Any = counters["vllm:spec_decode_num_drafts"]
+        at: Vector = counters["vllm:spec_decode_num_accepted_tokens_per_pos"]
+        count: Counter = counters["vllm:spec_decode_num_drafts"]
         return count.value, list(at.values)

@@ -3,8 +3,8 @@
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Awaitable
 from socket import socket
-from typing import Any
 
 from fastapi import FastAPI
 from vllm import envs
@@ -73,18 +73,19 @@ def _start(args: Namespace) -> MemoryEngine:
         raise StartupError(f"the engine did not start: {str(error).strip().splitlines()[0]}") from error
 
 
-async def _serve(app: FastAPI, sock: socket, args: Namespace, log_json: bool) -> Any:
+async def _serve(app: FastAPI, sock: socket, args: Namespace, log_json: bool) -> Awaitable[None]:
     """Answer until told to stop; returns what ends the connections that are left."""
-    return await serve_http(
+    stopped: Awaitable[None] = await serve_http(
         app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
         http=BoundedHttp, ws="none", timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         timeout_graceful_shutdown=5,  # or a client cut off in mid-answer can hold the exit up
         ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile, ssl_ca_certs=args.ssl_ca_certs, ssl_cert_reqs=args.ssl_cert_reqs, ssl_ciphers=args.ssl_ciphers, enable_ssl_refresh=args.enable_ssl_refresh,
         **_logging(args, log_json),
     )  # fmt: skip
+    return stopped
 
 
-def _logging(args: Namespace, log_json: bool) -> dict[str, Any]:
+def _logging(args: Namespace, log_json: bool) -> dict[str, object]:
     """uvicorn's log settings: vLLM's options; with the JSON log none, since its line for each request says more than uvicorn's."""
     if log_json:
         return {"access_log": False, "log_config": None}

@@ -75,7 +75,7 @@ class StagedTower:
     ) -> None:
         """`digests`: the files of `path` that hold its weights, and the SHA-256 that each must have."""
         self.composite, self.slot, self.model_config, self.device = composite, slot, model_config, device
-        self.registered: dict[str, Any] = composite.later.compilation_config.static_forward_context
+        self.registered: dict[str, object] = composite.later.compilation_config.static_forward_context
         self.own: set[str] = set()
         self.reader: WeightReader | None = None
         try:

@@ -65,7 +65,7 @@ class StackedTower:
     """The decoders' architecture once, without weights of its own, over the stacked weights of all slots."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], first: nn.Module, slots: int, tokens: int, ids: int, registered: dict[str, Any]
+        self, build: Callable[[], nn.Module], first: nn.Module, slots: int, tokens: int, ids: int, registered: dict[str, object]
     ) -> None:
         """`build` makes a tower; `first` is one whose attention layers are shared, `registered` vLLM's register of those.
 
@@ -137,7 +137,7 @@ class PickedProduct(QuantizeMethodBase):
     def __init__(self, tower: StackedTower, weight: str, bias: str | None) -> None:
         self.tower, self.weight, self.bias = tower, weight, bias
 
-    def create_weights(self, *_: Any, **__: Any) -> None:
+    def create_weights(self, *_: object, **__: object) -> None:
         """Create nothing: the layer's weights were created by its first method."""
 
     def apply(self, _layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -165,18 +165,19 @@ class PickedEmbedding(nn.Module):
 class PickedRMSNorm(nn.Module):
     """vLLM's RMSNorm without its weight, times the weight of each token's own decoder."""
 
-    def __init__(self, tower: StackedTower, layer: Any, own: dict[str, str]) -> None:
+    def __init__(self, tower: StackedTower, layer: RMSNorm, own: dict[str, str]) -> None:
         super().__init__()
         overwrite(layer, "pass_weight", False)
         overwrite(layer, "pass_weight_add", False)
         self.plain, self.tower, self.own = layer, tower, own
         self.variance_epsilon = layer.variance_epsilon
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [tokens, ..., width]; with a residual both are returned."""
         weight = self.tower.pick(self.own["weight"], x)
         if residual is None:
-            return self.plain(x) * weight
+            normed: Tensor = self.plain(x)
+            return normed * weight
         normed, residual = self.plain(x, residual)
         return normed * weight, residual
 
@@ -184,7 +185,7 @@ class PickedRMSNorm(nn.Module):
 class PickedLayerNorm(nn.Module):
     """LayerNorm without weight and bias, then weight and bias of each token's own decoder."""
 
-    def __init__(self, tower: StackedTower, layer: Any, own: dict[str, str]) -> None:
+    def __init__(self, tower: StackedTower, layer: LayerNorm | nn.LayerNorm, own: dict[str, str]) -> None:
         super().__init__()
         self.tower, self.own, self.eps, self.shape = tower, own, layer.eps, layer.normalized_shape
 
@@ -198,7 +199,12 @@ class PickedLayerNorm(nn.Module):
         return normed.to(x.dtype)
 
 
-PICKED: dict[type, Any] = {RMSNorm: PickedRMSNorm, LayerNorm: PickedLayerNorm, nn.LayerNorm: PickedLayerNorm, nn.Embedding: PickedEmbedding}
+PICKED: dict[type, Callable[..., nn.Module]] = {
+    RMSNorm: PickedRMSNorm,
+    LayerNorm: PickedLayerNorm,
+    nn.LayerNorm: PickedLayerNorm,
+    nn.Embedding: PickedEmbedding,
+}
 
 
 def looked_up(tower: StackedTower, name: str, ids: Tensor) -> Tensor:

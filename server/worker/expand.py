@@ -4,8 +4,6 @@ vLLM 0.32's own casts temperatures and top-p to whole numbers and writes the res
 distribution is whatever lay in memory.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from vllm.triton_utils.dispatcher import KernelOverride
@@ -14,7 +12,7 @@ from vllm.v1.sample import rejection_sampler
 from memdec.server.in_place import overwrite
 
 
-def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, replace_to: float, *_: Any, **__: Any) -> None:
+def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, replace_to: float, *_: object, **__: object) -> None:
     """Write each request's value once for each of its tokens: values [requests], ends [requests] cumulative token counts, output [tokens]."""
     counts = ends.diff(prepend=ends.new_zeros(1))
     spread = values.repeat_interleave(counts.long(), output_size=len(output))
@@ -23,6 +21,6 @@ def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, re
 
 def install() -> None:
     """Let vLLM's rejection sampler use it from now on, once vLLM has put its stand-ins in place."""
-    kernel: Any = rejection_sampler.expand_kernel
+    kernel: object = rejection_sampler.expand_kernel
     if isinstance(kernel, KernelOverride):  # with a Triton for CPUs the kernel itself runs
         overwrite(kernel, "_impl", expand)

@@ -1,22 +1,28 @@
 """Attention metadata for some of the requests of a step: what a memory tower needs to run over them alone."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, create_forward_context, get_forward_context
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.utils import AttentionGroup
 
 from memdec.server.model.routing import Group
+
+Numbers = npt.NDArray[np.integer]
 
 
 class MemoryAttention:
     """Builds forward contexts in which the towers' attention layers see the chosen tokens and no others."""
 
-    def __init__(self, vllm_config: VllmConfig, attn_groups: Sequence[Sequence[Any]], layer_names: list[str], device: torch.device) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, attn_groups: Sequence[Sequence[AttentionGroup]], layer_names: list[str], device: torch.device
+    ) -> None:
         """`attn_groups` are vLLM's, by KV-cache group; `layer_names` are the towers' shared attention layers."""
         self.config, self.device = vllm_config, device
         names = set(layer_names)
@@ -31,7 +37,7 @@ class MemoryAttention:
         """The KV-cache groups that hold the towers' layers."""
 
     def of(
-        self, tables: Mapping[int, Tensor], requests: Tensor, lengths: np.ndarray[Any, Any], seen: Tensor, slots: Mapping[int, Tensor],
+        self, tables: Mapping[int, Tensor], requests: Tensor, lengths: Numbers, seen: Tensor, slots: Mapping[int, Tensor],
         seq_lens: Tensor | None = None,
     ) -> ForwardContext:  # fmt: skip
         """A context for `requests` (rows of the block `tables` of each KV-cache group, int64) that have `lengths` tokens each.
@@ -44,7 +50,7 @@ class MemoryAttention:
         starts, at = torch.from_numpy(ends), requests.to(self.device)
         on_device = starts.to(self.device)
         seq_lens = seen.to(self.device) if seq_lens is None else seq_lens
-        metadata: dict[str, Any] = {}
+        metadata: dict[str, AttentionMetadata] = {}
         mapping: dict[str, Tensor] = {}
         for number, builder, names in self.parts:
             common = CommonAttentionMetadata(
@@ -60,14 +66,14 @@ class MemoryAttention:
 class RunnerAttention(MemoryAttention):
     """For vLLM's V1 runner, whose KV cache is set up."""
 
-    def __init__(self, runner: Any, layer_names: list[str]) -> None:
+    def __init__(self, runner: GPUModelRunner, layer_names: list[str]) -> None:
         super().__init__(runner.vllm_config, runner.attn_groups, layer_names, runner.device)
         self.runner = runner
 
     def of_step(self, group: Group) -> ForwardContext:
-        """For one group of the step that is being run: each of its requests' last tokens."""
-        mappings: Any = get_forward_context().slot_mapping
-        slots = {number: mappings[names[0]].index_select(0, group.tokens) for number, _, names in self.parts}
+        """For one group of the step that is being run: each of its requests' last tokens. A group that is the whole step needs no context of its own."""
+        mappings: dict[str, Tensor] = get_forward_context().slot_mapping
+        slots = {number: mappings[names[0]].index_select(0, group.tokens) for number, _, names in self.parts}  # type: ignore[arg-type]
         seen = self.runner.optimistic_seq_lens_cpu[group.requests]
         seq_lens = self.runner.seq_lens.index_select(0, group.requests.to(self.device))
         return self.of(self._tables(), group.requests, group.lengths, seen, slots, seq_lens)

@@ -31,6 +31,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.sample import rejection_sampler
@@ -40,6 +41,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 import memdec.server
 from memdec.server.api import absent, completions, responses
 from memdec.server.api.completions import BEFORE_ENGINE
+from memdec.server.engine.client import MemoryEngine
+from memdec.server.engine.protocols import Engine
 from memdec.server.engine.rag import NOT_STRIDED
 from memdec.server.in_place import become, overwrite, require
 from memdec.server.seams import SEAMS, Kind, Seam
@@ -92,6 +95,14 @@ def test_seam(seam: Seam) -> None:
         assert [text for text in seam.without if text in source] == []
         places = [source.index(text) for text in seam.in_order]
         assert places == sorted(places)
+
+
+def test_the_engine_client_has_what_others_use_of_it() -> None:
+    """Members of the Protocol, which mypy takes on trust: MemoryEngine's own base class has no types."""
+    assigned = {*AsyncLLM.__init__.__code__.co_names, *MemoryEngine.equip.__code__.co_names}
+    members = {*Engine.__annotations__, *(name for name in vars(Engine) if not name.startswith("_"))}
+    assert members >= {"loaded", "everywhere"} and members <= names_in(MemoryEngine) | assigned
+    assert not {"errored", "generate", "everywhere", "uses"} - set(dir(MemoryEngine))
 
 
 def test_rows_say_what_they_should() -> None:

@@ -71,7 +71,7 @@ def test_only_large_answers_are_built_elsewhere() -> None:
         for one in found:
             yield one
 
-    state = SimpleNamespace(
+    state: Any = SimpleNamespace(
         openai_serving_completion=SimpleNamespace(request_output_to_completion_response=built),
         openai_serving_chat=SimpleNamespace(chat_completion_full_generator=full),
     )

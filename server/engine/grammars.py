@@ -1,4 +1,4 @@
-"""Structured outputs on their way to the engine: only what the sandbox has compiled, within bounds, gets there."""
+"""Structured outputs: a request's grammar reaches the engine only after the sandbox has compiled it within its limits."""
 
 import asyncio
 import hashlib
@@ -17,11 +17,11 @@ from vllm.sampling_params import StructuredOutputsParams
 from memdec.server.engine.sandbox import READY, SECONDS, WALL_SECONDS, Sandbox
 from memdec.server.json_types import JsonObject
 
-KNOWN = 512  # grammars whose outcome is remembered
-AT_ONCE = 2  # compiles of one client
-ALTOGETHER = 8
-REST = 3  # a client's place stays taken for this many times its compile's seconds: others need the processor too
-START_SECONDS = 300  # that a sandbox may take to start
+KNOWN = 512  # grammars whose outcome is cached
+AT_ONCE = 2  # compiles of one client that run at a time
+ALTOGETHER = 8  # compiles of all clients that run at a time
+REST = 3  # times a compile's CPU seconds for which it still counts against its client's AT_ONCE: other clients need the CPU too
+START_SECONDS = 300  # that the sandbox process may take to start
 FIELD = "structured_outputs"
 TOO_COSTLY = (
     f"The schema, grammar, choice or regular expression of this request takes over {SECONDS:g} s of processor time, or too much memory, "
@@ -30,16 +30,16 @@ TOO_COSTLY = (
 TOO_BUSY = "The server is too busy to compile this request's grammar. Try again in a few seconds, or on another replica."
 
 asking: ContextVar[str] = ContextVar("asking", default="")
-"""Who asks: compiles are shared out by it."""
+"""The client of the current HTTP request: each has AT_ONCE compiles."""
 
 
 def leave_tags_to_the_sandbox() -> None:
-    """vLLM also converts structural tags while it parses a body, in the event loop; their form is checked there, the rest with all others."""
+    """Have vLLM check only the form of structural tags while it parses a body: it would also convert them, on the event loop, without limits."""
     protocol.validate_structural_tag_payload = lambda *_, **__: None  # type: ignore[assignment]
 
 
 class Grammars:
-    """Checks each request's grammar once, in the sandbox, as vLLM would check and compile it."""
+    """Has the sandbox check and compile each grammar, as vLLM would, and caches the outcomes."""
 
     def __init__(self, vllm_config: VllmConfig, sandbox: Sandbox | None) -> None:
         self.vllm_config = vllm_config
@@ -52,42 +52,43 @@ class Grammars:
             sandbox.equip(vllm_config)
 
     async def checked(self, params: StructuredOutputsParams) -> StructuredOutputsParams:
-        """The same constraint as the engine wants it. Raises VLLMValidationError if the backend refuses it, or it costs too much."""
+        """The constraint in the form that the engine wants. Raises VLLMValidationError if the backend refuses it, or if it exceeds a limit."""
         fields = {name: value for name, value in asdict(params).items() if not name.startswith("_")}
-        asked = json.dumps(fields).encode()
-        outcome = await self._outcome(asked)
+        grammar = json.dumps(fields).encode()
+        outcome = await self._outcome(grammar)
         if "refused" in outcome:
             raise VLLMValidationError(outcome["refused"], parameter=FIELD)
         passed = StructuredOutputsParams(**outcome["fields"])
         passed._backend = self.vllm_config.structured_outputs_config.backend
         return passed
 
-    async def _outcome(self, asked: bytes) -> JsonObject:
-        key, who = hashlib.sha256(asked).digest(), asking.get()
+    async def _outcome(self, grammar: bytes) -> JsonObject:
+        key, client = hashlib.sha256(grammar).digest(), asking.get()
         if key not in self.known:
-            place = self.places[who]
+            place = self.places[client]
             await place.acquire()
             seconds = 0.0
             try:
-                if key not in self.known:  # somebody else may have asked meanwhile
+                if key not in self.known:  # another request for the same grammar may have had it compiled meanwhile
                     seconds = SECONDS
                     async with self.all_places:
-                        self.known[key] = await self._compiled(asked)
+                        self.known[key] = await self._compiled(grammar)
                     seconds = self.known[key].get("seconds", SECONDS)
             finally:
-                asyncio.get_running_loop().call_later(REST * seconds, self._free, who, place)
+                asyncio.get_running_loop().call_later(REST * seconds, self._free, client, place)
             while len(self.known) > KNOWN:
                 self.known.popitem(last=False)
         self.known.move_to_end(key)
         return self.known[key]
 
-    def _free(self, who: str, place: asyncio.Semaphore) -> None:
+    def _free(self, client: str, place: asyncio.Semaphore) -> None:
+        """Give a client's place back, and forget the client when it has none taken."""
         place.release()
         if place._value == AT_ONCE and not place._waiters:
-            self.places.pop(who, None)
+            self.places.pop(client, None)
 
-    async def _compiled(self, asked: bytes) -> JsonObject:
-        """What the sandbox says of a grammar. Leaving ends the compile. Raises GracefulHTTPError where it found no time."""
+    async def _compiled(self, grammar: bytes) -> JsonObject:
+        """The sandbox's answer about a grammar. Cancelling this ends the compile. Raises GracefulHTTPError if the machine was too busy for it."""
         loop = asyncio.get_running_loop()
         try:
             connection = self._ask()
@@ -96,7 +97,7 @@ class Grammars:
             connection = self._ask()
         with connection:
             async with asyncio.timeout(START_SECONDS + WALL_SECONDS):
-                await loop.sock_sendall(connection, asked)
+                await loop.sock_sendall(connection, grammar)
                 connection.shutdown(socket.SHUT_WR)
                 answer = await loop.sock_recv(connection, len(READY))
                 began = loop.time()
@@ -104,12 +105,13 @@ class Grammars:
                     answer += part
         if not answer:
             raise RuntimeError("the process that compiles grammars has failed; see the log")
-        if answer == READY and loop.time() - began >= WALL_SECONDS:  # it may be as small as any
+        if answer == READY and loop.time() - began >= WALL_SECONDS:  # the wall time ended it, which says nothing about the grammar
             raise GracefulHTTPError(TOO_BUSY, HTTPStatus.SERVICE_UNAVAILABLE)
         outcome: JsonObject = json.loads(answer[len(READY) :] or json.dumps({"refused": TOO_COSTLY}))
         return outcome
 
     def _ask(self) -> socket.socket:
+        """A connection to a new child of the sandbox, which is started if there is none."""
         if self.sandbox is None:
             self.sandbox = Sandbox.start()
             self.sandbox.equip(self.vllm_config)

@@ -1,4 +1,4 @@
-"""Whether the engine still steps: a process that hangs keeps its sockets open, and everything that only asks whether it is there finds it well."""
+"""Whether the engine still takes steps: a process that hangs keeps its sockets open, so vLLM's health check finds nothing wrong with it."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,26 +10,27 @@ from memdec.server.in_place import overwrite
 
 
 class Liveness:
-    """Since when each engine of this server owes a step: since its last one, or since it was given work."""
+    """How long each engine of this server has owed a step: since its last one, or since it got its first request after being idle."""
 
     def __init__(self, working: Callable[[], Iterable[int]], clock: Callable[[], float] = time.monotonic) -> None:
         """`working` gives the numbers of the engines that have unfinished requests."""
         self.working, self.clock = working, clock
         self.limit = 60.0
-        """Seconds that no step takes."""
+        """Seconds after which an engine that owes a step counts as hung; a step takes less."""
         self.since: dict[int, float] = {}
+        """Engine -> the clock at its last step, or at its first request since."""
 
     def given(self) -> None:
-        """A request has gone to some engine."""
+        """Note that an engine has been sent a request."""
         for engine in self.working():
             self.since.setdefault(engine, self.clock())
 
     def stepped(self, engine: int) -> None:
-        """A step's outputs have come."""
+        """Note that an engine's outputs of a step have arrived."""
         self.since[engine] = self.clock()
 
     def waited(self) -> float | None:
-        """Seconds that the slowest engine with work has owed a step for; None: there is no work."""
+        """The most seconds that an engine with work has owed a step; None if no engine has work."""
         working = set(self.working())
         for engine in set(self.since) - working:
             del self.since[engine]
@@ -37,11 +38,11 @@ class Liveness:
 
     @property
     def hung(self) -> bool:
-        """Whether that is longer than any step should take."""
+        """Whether an engine has owed a step for more than `limit` seconds."""
         return (self.waited() or 0.0) > self.limit
 
     def watch(self, client: AsyncMPClient) -> None:
-        """See every step's outputs of vLLM's AsyncMPClient pass. An engine with statistics off sends none for steps without a token."""
+        """Note each step whose outputs vLLM's AsyncMPClient receives. An engine with statistics off sends none for steps without a token."""
         receive = client.get_output_async
 
         async def watched() -> EngineCoreOutputs:
@@ -53,7 +54,7 @@ class Liveness:
 
 
 def engines_with_work(client: AsyncMPClient, unfinished: int) -> set[int]:
-    """Numbers of the engines that have some of the unfinished requests: only vLLM's load-balancing client has several, and knows who has which."""
+    """Numbers of the engines that have unfinished requests. Only vLLM's load-balancing client has several, and knows each one's requests."""
     if not unfinished:
         return set()
     if len(client.engine_ranks_managed) == 1:

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI layer, under one roof: the only names that memdec.server.api takes from vLLM."""
+"""vLLM's OpenAI layer: the only names of vLLM's that memdec.server.api uses, and what we change in it."""
 
 import logging
 from argparse import Namespace
@@ -77,11 +77,11 @@ __all__ = [
 
 
 def add_middleware(app: Starlette, args: Namespace) -> None:
-    """vLLM's layers, without its key check, its request ids and its CORS layer, in whose places ours are.
+    """Add vLLM's middleware, except its API-key check, request ids and CORS, which ours replace.
 
-    An argument of `init_entrypoints_middleware` that leaves CORS out would spare us taking it out.
+    To be dropped when `init_entrypoints_middleware` has an argument that leaves CORS out.
     """
-    left_out = {"api_key": [""], "enable_request_id_headers": False}  # None in the place of [""] would mean VLLM_API_KEY
+    left_out = {"api_key": [""], "enable_request_id_headers": False}  # with None instead of [""] it would read VLLM_API_KEY
     init_entrypoints_middleware(Namespace(**{**vars(args), **left_out}), app, ("generate",))
     app.user_middleware[:] = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
 
@@ -94,7 +94,7 @@ def equip_responses(state: State) -> None:
 def limit_tokens(state: State, prompt: int | None, output: int | None) -> None:
     """Have the app's serving objects refuse prompts of more than `prompt` tokens, and end answers at `output` where a client names no max_tokens.
 
-    Only here is it known how many tokens a prompt has.
+    vLLM's rendering is the first place where a prompt's number of tokens is known.
     """
 
     def limited(render: Render, parameter: str) -> Render:
@@ -121,7 +121,7 @@ def limit_tokens(state: State, prompt: int | None, output: int | None) -> None:
 
 
 def _prompts(rendered: Rendered) -> Sequence[TokensInput]:
-    """Prompts for the engine, from what vLLM has rendered: a chat's and a response's come with their conversation."""
+    """The engine's prompts in what vLLM has rendered: a chat's and a response's come with their conversation."""
     prompts: Sequence[TokensInput]
     if isinstance(rendered, tuple):
         _, prompts = rendered
@@ -131,10 +131,10 @@ def _prompts(rendered: Rendered) -> Sequence[TokensInput]:
 
 
 def log_no_client_errors() -> None:
-    """vLLM writes a traceback for whatever ends a stream, a client's mistake, a full queue and a cancelled response included; the client is told of those."""
+    """Keep tracebacks of client errors, full queues and cancelled responses out of vLLM's log: it writes one for whatever ends a stream."""
 
-    def ours(record: logging.LogRecord) -> bool:
+    def is_servers(record: logging.LogRecord) -> bool:
         return record.exc_info is None or not isinstance(record.exc_info[1], VLLMClientError | GracefulHTTPError | CancelledError)
 
     for module in (completion_serving, chat_serving, responses_serving):
-        module.logger.addFilter(ours)
+        module.logger.addFilter(is_servers)

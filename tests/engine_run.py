@@ -52,6 +52,14 @@ def main(job_path: str, result_path: str) -> None:
     Path(result_path).write_text(json.dumps(result))
 
 
+def logged(log: str, job_path: str, result_path: str) -> None:
+    """Run a job with all that is printed in a file."""
+    with Path(log).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    main(job_path, result_path)
+
+
 def load(llm: Any, slot: int, path: str) -> int:
     """Load a decoder into a slot while the engine is there; returns the slot."""
     from memdec.decoders.reading.weights import scan

@@ -1,6 +1,7 @@
 """One batch through an offline vLLM engine in a process of its own; see engine_run.py."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,7 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import engine_run
+
 from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vllm", "vllm.v1.engine.llm_engine", "memdec.server.worker.v1"])
 
 Row = tuple[str, str | None, float] | tuple[str, str | None, float, str]
 
@@ -61,13 +67,30 @@ def run(
             }
         )
     )
-    script = Path(__file__).parent / "engine_run.py"
-    environment = dict(os.environ) | (variables or {})
-    if not engine["enforce_eager"]:
-        environment.pop("TORCH_COMPILE_DISABLE", None)
-    done = subprocess.run(
-        [sys.executable, str(script), str(job), str(result)], capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    if variables or not engine["enforce_eager"]:
+        _run_afresh(job, result, dict(variables or {}), engine["enforce_eager"])
+    else:
+        _run_forked(job, result)
     loaded: dict[str, Any] = json.loads(result.read_text())
     return loaded
+
+
+def _run_afresh(job: Path, result: Path, variables: dict[str, str], eager: bool) -> None:
+    """In a new interpreter: what its environment says is read while vLLM and torch are imported."""
+    environment = dict(os.environ) | variables
+    if not eager:
+        environment.pop("TORCH_COMPILE_DISABLE", None)
+    command = [sys.executable, str(Path(__file__).parent / "engine_run.py"), str(job), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def _run_forked(job: Path, result: Path) -> None:
+    """In a fork of a process that has imported vLLM once for all: the import takes longer than most batches."""
+    log = job.with_suffix(".log")
+    process = FORKS.Process(target=engine_run.logged, args=(str(log), str(job), str(result)))
+    process.start()
+    process.join(600)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode == 0, log.read_text(errors="replace")[-4000:]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from memdec.decoders import parallel
 from memdec.decoders.corpus import SPLITS, Corpus
 from memdec.decoders.manifest import Manifest, stage
+from memdec.decoders.reading.documents import Document
 
 WORDS = 13  # words per gram, as in GPT-3's contamination study
 SHARE = 0.3
@@ -41,10 +42,14 @@ class Cleaned:
         return cls(corpus, frozenset((split, name) for split, name in (line.split() for line in lines)))
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the documents of one split that are kept."""
-        for text in self.corpus.documents(split):
-            if not self.dropped or (split, text_hash(text)) not in self.dropped:
-                yield text
+        """Yield the texts of one split's documents that are kept."""
+        return (document.text for document in self.named(split))
+
+    def named(self, split: str) -> Iterator[Document]:
+        """Yield the documents of one split that are kept, with their ids."""
+        for document in self.corpus.named(split):
+            if not self.dropped or (split, text_hash(document.text)) not in self.dropped:
+                yield document
 
 
 def write_near_duplicates(out: Path, corpus: Corpus, manifest: Manifest) -> Path:

@@ -43,7 +43,14 @@ def _run(words: list[str]) -> int:
     logging.set_verbosity_error()  # memdec raises errors for what transformers warns of
     parallel.join()
     try:
-        others = {"pretrain": _pretrain, "retrieval": _retrieval, "verify": _verify, "evaluate": _evaluate, "embedded-base": _embedded_base}
+        others = {
+            "pretrain": _pretrain,
+            "retrieval": _retrieval,
+            "ngram": _ngram,
+            "verify": _verify,
+            "evaluate": _evaluate,
+            "embedded-base": _embedded_base,
+        }
         command = others.get(args.command, _build)
         return command(args)
     finally:
@@ -89,6 +96,38 @@ def _retrieval(args: argparse.Namespace) -> int:
     if parallel.rank() == 0:
         print(f"{made}: serve it with --datastore {args.name}={made}, beside --decoder {args.name}=...")
     return 0
+
+
+def _ngram(args: argparse.Namespace) -> int:
+    from memdec.decoders import ngram_update
+    from memdec.decoders.corpus import Corpus
+    from memdec.decoders.ngram_build import NgramBuild, NgramOptions
+    from memdec.decoders.reading.tokenizer import load_tokenizer
+
+    out, work = _folders(args)
+    _refuse_idle(args)
+    if args.remove:
+        made = ngram_update.remove(out, args.name, args.remove)
+    elif args.append:
+        made = ngram_update.append(out, args.name, Path(args.corpus), load_tokenizer(args.base))
+    else:
+        options = NgramOptions(**{f.name: getattr(args, f.name) for f in fields(NgramOptions)})
+        made = NgramBuild(args.name, Corpus.open(args.corpus), args.base, out, work, options).run()
+    print(f"{made}: serve it with --ngram {args.name}={made}")
+    return 0
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Raise OptionError for options of `memdec ngram` that are missing, or would have no effect beside --append or --remove."""
+    from memdec.decoders.ngram_build import NgramOptions
+
+    if not args.remove and not (args.corpus and args.base):
+        raise OptionError(f"{'--base' if args.corpus else '--corpus'}: is missing; only --remove needs neither --corpus nor --base")
+    if args.remove or args.append:
+        given = [("--work", args.work), *((flags.spelling(f.name), getattr(args, f.name) != f.default) for f in fields(NgramOptions))]
+        given += [("--corpus", args.corpus), ("--base", args.base)] if args.remove else []
+        for flag in (flag for flag, value in given if value):
+            raise OptionError(f"{flag}: has no effect beside --{'remove' if args.remove else 'append'}")
 
 
 def _pretrain(args: argparse.Namespace) -> int:
@@ -141,6 +180,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     retrieval = commands.add_parser("retrieval", help="make the retrieval baselines, kNN-LM and RAG, to serve beside a decoder")
     if command == "retrieval":
         _add_retrieval(retrieval)
+    ngram = commands.add_parser("ngram", help="make an n-gram memory of a corpus: no training, minutes; also add documents, or remove some")
+    if command == "ngram":
+        _add_ngram(ngram)
     verify = commands.add_parser("verify", help="check that a decoder package or a plain checkpoint can be served")
     verify.add_argument("path", type=Path, metavar="PATH", help="the decoder's folder")
     verify.add_argument("--base", type=Path, help="the base model it is to be served beside")
@@ -157,10 +199,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _add_source(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("name", metavar="NAME", help="the domain's name")
-    parser.add_argument("--corpus", required=True, help="a folder of text, JSON lines, parquet or arrow files, or 'stdlib'")
-    parser.add_argument("--base", required=True, type=Path, help="Hugging Face folder of the base model")
+    parser.add_argument("--corpus", required=required, help="a folder of text, JSON lines, parquet or arrow files, or 'stdlib'")
+    parser.add_argument("--base", required=required, type=Path, help="Hugging Face folder of the base model")
     parser.add_argument("--out", required=True, type=Path, help="folder the package is written to")
     parser.add_argument("--work", type=Path, help="folder of the stages' artifacts (default: OUT.work)")
 
@@ -170,6 +212,18 @@ def _add_retrieval(parser: argparse.ArgumentParser) -> None:
 
     _add_source(parser)
     flags.add(parser, RetrievalOptions)
+
+
+def _add_ngram(parser: argparse.ArgumentParser) -> None:
+    from memdec.decoders.ngram_build import NgramOptions
+
+    _add_source(parser, required=False)
+    changes = parser.add_mutually_exclusive_group()
+    changes.add_argument("--append", action="store_true", help="add all documents of --corpus to the package in --out, as a further shard")
+    changes.add_argument(
+        "--remove", metavar="ID", action="append", default=[], help="remove a document from the package in --out; repeatable"
+    )
+    flags.add(parser, NgramOptions)
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ Suffix arrays instead of tables of n-grams are from the infinity-gram (arXiv 240
 An occurrence of a context is in one shard, and counts add up over shards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,7 @@ class NgramMemory:
         self.revision = json_hash(record.model_dump(mode="json", by_alias=True))
         self.size = sum(f.bytes for f in record.files.values())
         self._kind = token_type(record.vocabulary)
+        self._documents = [read_documents(shard.folder / DOCUMENTS) for shard in shards] if record.sources else []
 
     @classmethod
     def read_record(cls, folder: Path) -> NgramRecord:
@@ -122,17 +123,25 @@ class NgramMemory:
 
         The cost is bounded by the order, the logarithm of the text, and the vocabulary; it grows with the number of shards.
         """
-        tail = self._tail(context, self.order - 1)
+        tail = self.tail(context, self.order - 1)
         result: tuple[Numbers, NDArray[np.float64], float, int, int] | None = None
-        for length in range(self.shortest, len(tail) + 1):
-            ids, counts = self._following(self._ranges(tail, length), length)
-            if not len(ids):
-                break
+        for length, ids, counts in self.levels(tail):
             result = self._longer(result, ids, counts, length)
         if result is None:
             return NOTHING
         ids, sparse, base_mass, matched, count = result
         return Continuations(ids, sparse.astype(np.float32), base_mass, matched, count)
+
+    def levels(self, tail: Sequence[int]) -> Iterator[tuple[int, Numbers, Numbers]]:
+        """Yield (length, distinct next tokens, their counts) for each of a context's ends that occurs, from `shortest` tokens on.
+
+        `tail`: only known ids, none of them an end token.
+        """
+        for length in range(self.shortest, len(tail) + 1):
+            ids, counts = self._following(self._ranges(tail, length), length)
+            if not len(ids):
+                return
+            yield length, ids, counts
 
     def _longer(
         self, shorter: tuple[Numbers, NDArray[np.float64], float, int, int] | None, ids: Numbers, counts: Numbers, length: int
@@ -151,7 +160,7 @@ class NgramMemory:
 
         The longest match has at most DEPTH - 1 tokens, whatever the order. [] if nothing matches.
         """
-        tail = self._tail(context, DEPTH - 1)
+        tail = self.tail(context, DEPTH - 1)
         matched, ranges = self._longest(tail)
         drafted: list[int] = []
         places = (
@@ -174,20 +183,16 @@ class NgramMemory:
         """
         if not self.sources:
             raise PackageError(f"{self.path}: was built without --with-sources; its documents are not named")
-        matched, ranges = self._longest(self._tail(context, self.order - 1))
+        matched, ranges = self._longest(self.tail(context, self.order - 1))
         found: list[Occurrence] = []
         for number, (shard, (begin, stop)) in enumerate(zip(self.shards, ranges, strict=True) if matched else ()):
             for position in sorted(shard.order[begin : min(stop, begin + SAMPLED)])[: limit - len(found)]:
                 document = int(np.searchsorted(shard.ends, position, side="right"))
                 start = int(shard.ends[document - 1]) if document else 0
-                found.append(Occurrence(self._documents(number)[document], position - start))
+                found.append(Occurrence(self._documents[number][document], position - start))
         return found
 
-    def _documents(self, shard: int) -> list[str]:
-        """The ids of a shard's documents."""
-        return read_documents(self.path / f"shard-{shard}" / DOCUMENTS)
-
-    def _tail(self, context: Sequence[int], most: int) -> list[int]:
+    def tail(self, context: Sequence[int], most: int) -> list[int]:
         """The last tokens of a context, at most `most`: those after its last end token, and after its last id outside the vocabulary."""
         tail: list[int] = []
         for token in reversed(context[-most:] if most else []):
@@ -196,7 +201,7 @@ class NgramMemory:
             tail.append(int(token))
         return tail[::-1]
 
-    def _ranges(self, tail: list[int], length: int) -> Ranges:
+    def _ranges(self, tail: Sequence[int], length: int) -> Ranges:
         """Each shard's range of the last `length` tokens."""
         part = tail[len(tail) - length :]
         context = np.array(part, self._kind).tobytes()

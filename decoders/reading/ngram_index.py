@@ -1,7 +1,7 @@
 """Write an n-gram memory: shards of documents, discounts from their counts, and the record."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,31 +52,37 @@ class Vocabulary:
     """The token behind each document."""
 
 
-def write_memory(folder: Path, domain: str, texts: Sequence[Text], vocabulary: Vocabulary, **record: Any) -> None:
-    """Write a package of one shard for each text into an existing folder; `record`: its further keys. Raises OSError, CorpusError."""
+def write_memory(folder: Path, domain: str, texts: Iterable[Text], vocabulary: Vocabulary, **record: Any) -> NgramRecord:
+    """Write a package of one shard for each text; `record`: its further keys. Raises OSError, CorpusError."""
+    folder.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(texts):
         add_shard(folder, number, text, vocabulary)
-    write_record(folder, domain, vocabulary, **record)
+    return write_record(folder, domain, vocabulary, **record)
 
 
 def add_shard(folder: Path, number: int, text: Text, vocabulary: Vocabulary) -> None:
     """Write one shard. Raises OSError; CorpusError on a text without tokens, or with tokens outside the vocabulary."""
-    if not len(text.ids):
+    if len(text.ids) <= len(text.ends):
         raise CorpusError("no document with a token in it; wanted some text")
     if (largest := int(text.ids.max())) >= vocabulary.size:
         raise CorpusError(f"token {largest} in the text, wanted ids below {vocabulary.size}, the tokenizer's")
     place = folder / f"shard-{number}"
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     write_shard(place, text.ids, text.ends, vocabulary.end, vocabulary.size, LONGEST_ORDER)
-    (place / DOCUMENTS).write_text(json.dumps({"documents": list(text.names)}, ensure_ascii=False) + "\n")
+    write_documents(place, text.names)
+
+
+def write_documents(place: Path, names: Sequence[str]) -> None:
+    """Write the ids of a shard's documents. Bytes of file names that are no text are escaped."""
+    shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    (place / DOCUMENTS).write_text(json.dumps({"documents": shown}, ensure_ascii=False) + "\n")
 
 
 def write_record(folder: Path, domain: str, vocabulary: Vocabulary, **more: Any) -> NgramRecord:
     """Write ngram.json for the shards that are in `folder`: discounts and hashes are computed from them."""
     places = sorted(folder.glob("shard-*"), key=lambda p: int(p.name.split("-")[1]))
     shards = [Shard(place, vocabulary.size) for place in places]
-    files = [*places, *(f for f in folder.iterdir() if f.is_file() and f.suffix == ".md")]
-    listed = sorted(f for place in files for f in (place.iterdir() if place.is_dir() else [place]))
+    listed = sorted(file for place in places for file in place.iterdir())
     fields: dict[str, Any] = {
         "format": FORMAT, "domain": domain, "order": DEFAULT_ORDER, "lambda": DEFAULT_LAMBDA, "tuned": False,
         "discounts": estimate_discounts(shards, vocabulary.end), "tokens": sum(len(s.suffixes) for s in shards),

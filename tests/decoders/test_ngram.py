@@ -17,7 +17,7 @@ END, SIZE = 0, 40
 TOYS = Vocabulary(SIZE, "0123abcd", END)
 
 
-def contexts(documents: dict[str, list[int]], count: int = 600) -> list[list[int]]:
+def contexts(documents: dict[str, list[int]], count: int = 150) -> list[list[int]]:
     """Pieces of the text, some across documents, and tokens at random."""
     draw = random.Random(7)
     text = [token for row in documents.values() for token in [*row, END]]
@@ -43,7 +43,7 @@ def difference(memory: NgramMemory, reference: Reference, context: list[int]) ->
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize(("order", "shortest"), [(2, 1), (3, 1), (4, 2), (5, 1), (6, 1), (7, 3), (8, 2)])
+@pytest.mark.parametrize(("order", "shortest"), [(2, 1), (4, 2), (6, 1), (7, 3), (8, 1)])
 @pytest.mark.parametrize("frequent", [4096, 8])
 def test_equals_plain_counting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int, shortest: int, shards: int, frequent: int

@@ -1,0 +1,141 @@
+"""A folder of text becomes an n-gram memory at once, without a base to measure beside: for a server's start.
+
+Kept in a cache, by a hash of the text and of the tokenizer. Every document is remembered: nothing is held out, so order and lambda are the
+defaults of `memdec.decoders.reading.ngram_record`; the discounts are the text's own.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from memdec.decoders.reading.documents import KINDS, Document, documents_of, files_in
+from memdec.decoders.reading.errors import CorpusError, ManifestError, PackageError
+from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
+from memdec.decoders.reading.ngram import NgramMemory
+from memdec.decoders.reading.ngram_index import Text, Vocabulary, write_memory
+from memdec.decoders.reading.ngram_record import FORMAT, NAME
+from memdec.decoders.reading.tokenizer import token_map_hash
+
+Row = NDArray[np.uint32]
+BATCH = 64  # documents per tokenizer call
+SHARD_TOKENS = 1 << 26  # of a shard at most, unless one document has more: sorting takes about 40 bytes a token, 2.7 GB
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """What a memory must know of a tokenizer. Raises PackageError if it has no token for a document's end."""
+    if tokenizer.eos_token_id is None:
+        raise PackageError(f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, which separates documents")
+    return Vocabulary(max(tokenizer.get_vocab().values()) + 1, token_map_hash(tokenizer), int(tokenizer.eos_token_id))
+
+
+def documents_in(folder: Path) -> Iterator[Document]:
+    """Yield all documents of a folder. Raises CorpusError if there is no such folder, or nothing in it that can be read."""
+    if not folder.is_dir():
+        raise CorpusError(f"{folder}: no such folder")
+    paths = files_in(folder)
+    if not paths:
+        raise CorpusError(f"{folder}: no file in it that can be read (wanted {', '.join(KINDS)} files)")
+    for path in paths:
+        yield from documents_of(folder, path)
+
+
+def text_hash(documents: Iterable[Document]) -> str:
+    """Hash of documents' ids and texts, in their order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.name, document.text):
+            digest.update(hashlib.sha256(part.encode("utf-8", "surrogateescape")).digest())
+    return digest.hexdigest()[:16]
+
+
+def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
+    """Yield documents as shards of at most SHARD_TOKENS tokens, special tokens spelled out in them as ordinary text. Shows its progress.
+
+    Raises CorpusError if there is no document.
+    """
+    iterator, size, empty = iter(documents), 0, True
+    rows: list[Row] = []
+    names: list[str] = []
+    with tqdm(desc="tokens", unit=" documents") as bar:
+        while batch := list(islice(iterator, BATCH)):
+            for document, row in zip(batch, _encoded(batch, tokenizer), strict=True):
+                if size + len(row) > SHARD_TOKENS and size:
+                    yield _joined(rows, names)
+                    rows, names, size = [], [], 0
+                rows.append(row)
+                names.append(document.name)
+                size, empty = size + len(row), False
+            bar.update(len(batch))
+    if empty:
+        raise CorpusError("no document with text in it; wanted some")
+    yield _joined(rows, names)
+
+
+def _encoded(batch: list[Document], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    encoded = tokenizer([document.text for document in batch], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [np.array([*row, tokenizer.eos_token_id], np.uint32) for row in encoded]
+
+
+def _joined(rows: list[Row], names: list[str]) -> Text:
+    return Text(np.concatenate(rows), np.cumsum([len(row) for row in rows], dtype=np.int64), names)
+
+
+def index_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, name: str | None = None, sources: bool = False) -> Path:
+    """Index a folder of text for `tokenizer`; returns the package's folder, in `cache`. Equal text was indexed before: it is reused.
+
+    `name`: the domain's, or the folder's. `sources`: answers may name the documents. Raises DecoderError, one line; leaves nothing half-made.
+    """
+    name = name or folder.resolve().name
+    if not DOMAIN.fullmatch(name):
+        raise PackageError(f"{folder}: {name!r} is no name for a domain: wanted {DOMAIN_RULE}")
+    vocabulary = vocabulary_of(tokenizer)
+    suffix = "-sources" if sources else ""
+    out = cache / f"{name}-{text_hash(documents_in(folder))}-{vocabulary.token_map}-{FORMAT}{suffix}"
+    if (out / NAME).is_file():
+        return out
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache, ignore_cleanup_errors=True) as partial:
+            write_memory(Path(partial) / "made", name, tokenize(documents_in(folder), tokenizer), vocabulary, sources=sources)
+            _put(Path(partial) / "made", out)
+    except OSError as error:
+        raise ManifestError(f"{error.filename or cache}: {error.strerror or error}; nothing was kept of the index of {folder}") from None
+    except CorpusError as error:
+        raise CorpusError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
+    return out
+
+
+def _put(made: Path, out: Path) -> None:
+    """Rename a package into place, unless another process was faster. Raises OSError."""
+    try:
+        made.rename(out)
+    except OSError:
+        if not (out / NAME).is_file():
+            shutil.rmtree(out, ignore_errors=True)
+            made.rename(out)
+
+
+def open_or_index(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, name: str) -> NgramMemory:
+    """Open a package, or index a folder of text and open that: what `--ngram NAME=PATH` takes. Raises DecoderError, one line.
+
+    A package made for another tokenizer is refused, and one of an index that was damaged in the cache is made again.
+    """
+    if (path / NAME).is_file():
+        memory = NgramMemory.open(path)
+        if memory.tokenizer != (own := token_map_hash(tokenizer)):
+            raise PackageError(f"{path}: made for another tokenizer (token map {memory.tokenizer}; the base has {own})")
+        return memory
+    made = index_folder(path, tokenizer, cache, name)
+    try:
+        return NgramMemory.open(made)
+    except PackageError:
+        shutil.rmtree(made, ignore_errors=True)
+        return NgramMemory.open(index_folder(path, tokenizer, cache, name))

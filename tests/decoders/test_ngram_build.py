@@ -1,0 +1,275 @@
+"""`memdec ngram` as a user runs it: a package, what it says, added and removed documents, and bad input in one line each."""
+
+import json
+import resource
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ngrams import Reference, make_memory
+
+from memdec.cli import main
+from memdec.decoders.reading.errors import CorpusError, DecoderError, ManifestError, PackageError
+from memdec.decoders.reading.ngram import NgramMemory
+from memdec.decoders.reading.ngram_folder import index_folder, open_or_index, vocabulary_of
+from memdec.decoders.reading.ngram_index import Vocabulary
+from memdec.decoders.reading.tokenizer import load_tokenizer
+
+LIBRARY = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[40:80]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ready-made splits, from the standard library's own files; train holds a document in a file of its own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, files in (("train", LIBRARY[:20]), ("valid", LIBRARY[20:28]), ("test", LIBRARY[28:])):
+        (folder / split).mkdir()
+        for file in files:
+            (folder / split / file.name).write_text(file.read_text(errors="ignore")[:6000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(corpus: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package made by the command."""
+    out = tmp_path_factory.mktemp("built") / "code"
+    words = ["ngram", "code", "--corpus", str(corpus), "--base", str(toys / "base"), "--out", str(out), "--windows", "4", "--with-sources"]
+    assert main([*words, "--licence", "PSF"]) == 0
+    return out
+
+
+def rows_of(memory: NgramMemory) -> Iterator[tuple[str, list[int]]]:
+    """A package's documents by their ids, without end tokens."""
+    for number, shard in enumerate(memory.shards):
+        names = json.loads((memory.path / f"shard-{number}" / "documents.json").read_text())["documents"]
+        for name, start, stop in zip(names, [0, *shard.ends[:-1]], shard.ends, strict=True):
+            yield name, shard.ids[start : stop - 1].tolist()
+
+
+def require_same(memory: NgramMemory, reference: Reference, contexts: list[list[int]]) -> None:
+    """The memory's distributions are the reference's."""
+    base = np.random.default_rng(0).dirichlet(np.ones(memory.vocabulary))
+    assert memory.discounts == pytest.approx(reference.discounts, abs=1e-12)
+    for context in contexts:
+        found = memory.continuations(context)
+        whole = found.base_mass * base
+        whole[found.token_ids] += found.probabilities
+        assert np.abs(whole - reference.distribution(context, base.tolist())).max() < 1e-6
+
+
+def test_the_package_says_what_it_is(built: Path, toys: Path) -> None:
+    """Tuned beside the base, measured, with licence, hashes and card; the mixture is no worse than the base where it was tuned."""
+    memory = NgramMemory.open(built)
+    assert (memory.name, memory.tuned, memory.sources) == ("code", True, True)
+    assert memory.tokenizer == vocabulary_of(load_tokenizer(toys / "base")).token_map
+    assert 2 <= memory.order <= 8 and 0 <= memory.lambda_ < 1
+    assert memory.perplexity["valid mixture"] <= memory.perplexity["valid base"]
+    assert "PSF" in (built / "README.md").read_text()
+    rows = dict(rows_of(memory))
+    assert len(rows) == 20 and all(name.startswith("train/") for name in rows)
+    require_same(memory, Reference(list(rows.values()), memory.end, memory.order), [row[50:57] for row in rows.values()])
+
+
+def test_removed_and_added_documents(built: Path, toys: Path, tmp_path: Path) -> None:
+    """Without a document the memory is the one that never saw it, and its tokens are gone from the files; added again, all counts are back."""
+    out = tmp_path / "code"
+    shutil.copytree(built, out)
+    before = dict(rows_of(NgramMemory.open(out)))
+    name = sorted(before)[3]
+    assert main(["ngram", "code", "--out", str(out), "--remove", name]) == 0
+    without = NgramMemory.open(out)
+    left = {n: row for n, row in before.items() if n != name}
+    assert dict(rows_of(without)) == left
+    contexts = [before[name][at : at + 6] for at in range(0, 60, 5)] + [row[9:14] for row in left.values()]
+    require_same(without, Reference(list(left.values()), without.end, without.order), contexts)
+
+    more = tmp_path / "more" / "train"
+    more.mkdir(parents=True)
+    (more / Path(name).name).write_text(next(f for f in LIBRARY if f.name == Path(name).name).read_text(errors="ignore")[:6000])
+    words = ["ngram", "code", "--out", str(out), "--corpus", str(more.parent), "--base", str(toys / "base"), "--append"]
+    assert main(words) == 0
+    again = NgramMemory.open(out)
+    assert len(again.shards) == 2 and dict(rows_of(again)) == before
+    require_same(again, Reference(list(before.values()), again.end, again.order), contexts)
+    assert again.lambda_ == NgramMemory.open(built).lambda_ and again.revision != without.revision
+    context, matched = before[name][200:210], again.order - 1
+    found = again.occurrences(context)
+    assert found and all(before[o.document][o.offset : o.offset + matched] == context[-matched:] for o in found)
+    assert main(["ngram", "code", "--out", str(out), "--remove", name]) == 0
+    assert len(NgramMemory.open(out).shards) == 1  # an empty shard isn't kept
+
+
+def test_bad_commands_are_one_line_each(built: Path, toys: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, a message that names what is wrong, and a package that is as it was."""
+    out, revision = tmp_path / "code", NgramMemory.open(built).revision
+    shutil.copytree(built, out)
+    at, source = ["--out", str(out)], ["--corpus", str(corpus), "--base", str(toys / "base")]
+    every = [word for name, _ in rows_of(NgramMemory.open(out)) for word in ("--remove", name)]
+    for words, wanted in (
+        (["code", *at, "--remove", "nowhere.txt"], "no document of this id"),
+        (["code", *at, *every], "delete the folder"),
+        (["other", *at, "--remove", every[1]], "is of 'code'"),
+        (["code", *at, "--remove", every[1], "--base", "x"], "--base: has no effect"),
+        (["code", *at, *source, "--append", "--windows", "3"], "--windows: has no effect"),
+        (["code", *at, *source, "--append"], "is in"),
+        (["code", *at], "--corpus: is missing"),
+        (["code", *at, *source, "--windows", "0"], "wanted a whole number above 0"),
+        (["code", "--out", str(tmp_path / "none"), "--remove", "a"], "no such folder"),
+    ):
+        assert main(["ngram", *words]) == 1, words
+        error = capsys.readouterr().err
+        assert wanted in error and "Traceback" not in error
+        assert len([line for line in error.splitlines() if line.startswith("memdec: error")]) == 1
+    assert NgramMemory.open(out).revision == revision
+    assert [p.name for p in tmp_path.iterdir()] == ["code"]
+
+
+def test_a_changed_package_is_not_built_over(
+    built: Path, toys: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new build would bring removed documents back."""
+    out = tmp_path / "code"
+    shutil.copytree(built, out)
+    name = next(name for name, _ in rows_of(NgramMemory.open(out)))
+    assert main(["ngram", "code", "--out", str(out), "--remove", name]) == 0
+    assert main(["ngram", "code", "--out", str(out), "--corpus", str(corpus), "--base", str(toys / "base")]) == 1
+    assert "added or removed" in capsys.readouterr().err
+
+
+def test_a_folder_is_indexed_once(corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """By the hash of its text: a changed document makes another index; a damaged one in the cache is made again."""
+    tokenizer, text = load_tokenizer(toys / "base"), tmp_path / "text"
+    shutil.copytree(corpus, text)
+    made = index_folder(text, tokenizer, tmp_path / "cache", "code")
+    written = (made / "ngram.json").stat().st_mtime_ns
+    assert index_folder(text, tokenizer, tmp_path / "cache", "code") == made
+    assert (made / "ngram.json").stat().st_mtime_ns == written
+    memory = NgramMemory.open(made)
+    assert (memory.name, memory.order, memory.lambda_, memory.tuned) == ("code", 6, 0.25, False)
+    assert len(list(rows_of(memory))) == 40
+    (made / "shard-0" / "suffixes.bin").write_bytes(b"\0" * 8)
+    assert open_or_index(text, tokenizer, tmp_path / "cache", "code").revision == memory.revision
+    (text / "train" / "more.txt").write_text("More text.")
+    assert index_folder(text, tokenizer, tmp_path / "cache", "code") != made
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")]
+
+
+def test_a_few_words_are_enough(toys: Path, tmp_path: Path) -> None:
+    """A text that is shorter than the order."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("x")
+    memory = open_or_index(tmp_path / "text", load_tokenizer(toys / "base"), tmp_path / "cache", "tiny")
+    ((_, row),) = rows_of(memory)
+    assert memory.continuations(row).token_ids.tolist() == [memory.end]
+
+
+@pytest.mark.parametrize("content", [None, {}, {"a.pdf": b"x"}, {"a.txt": b""}, {"a.txt": b" \n"}, {"a.txt": b"\xff\xfe"}])
+def test_folders_without_text_are_named(content: dict[str, bytes] | None, toys: Path, tmp_path: Path) -> None:
+    """Missing, empty, of other files, of white space, or not UTF-8; nothing is left in the cache."""
+    if content is not None:
+        (tmp_path / "text").mkdir()
+        for name, data in content.items():
+            (tmp_path / "text" / name).write_bytes(data)
+    with pytest.raises(CorpusError, match="text") as raised:
+        index_folder(tmp_path / "text", load_tokenizer(toys / "base"), tmp_path / "cache", "none")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+def test_a_full_disk_leaves_nothing(corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """Neither of an index in the cache, nor of a package; the message names the file."""
+    tokenizer, (soft, hard) = load_tokenizer(toys / "base"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writing beyond it fails as on a full disk
+    try:
+        with pytest.raises(ManifestError, match="nothing was kept"):
+            index_folder(corpus, tokenizer, tmp_path / "cache", "code")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+SMALL = Vocabulary(40, "0123abcd", 0)
+
+
+def damage_file(folder: Path) -> None:
+    """One byte of a text is another."""
+    path = folder / "shard-0" / "tokens.bin"
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+
+
+def cut_file(folder: Path) -> None:
+    """An index that was copied half."""
+    path = folder / "shard-0" / "suffixes.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def change_record(**fields: object) -> object:
+    """Other values in the record."""
+
+    def change(folder: Path) -> None:
+        record = json.loads((folder / "ngram.json").read_text())
+        (folder / "ngram.json").write_text(json.dumps(record | fields))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("harm", "wanted"),
+    [
+        (damage_file, "its bytes are not those"),
+        (cut_file, "truncated or damaged"),
+        (lambda folder: (folder / "shard-0" / "first.bin").unlink(), "missing"),
+        (lambda folder: (folder / "ngram.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "ngram.json").unlink(), "memdec ngram"),
+        (shutil.rmtree, "no such folder"),
+        (change_record(format=2), "format is 2"),
+        (change_record(order=99), "order is 99"),
+        (change_record(discounts=[0.5]), "discounts is"),
+        (change_record(**{"lambda": 2}), "lambda is 2"),
+        (change_record(files={}), "files has no shard-0"),
+        (change_record(vocabulary=10), "fit each other"),
+        (change_record(tokens=7), "tokens is 7"),
+        (change_record(shards=2), "files has no shard-1"),
+    ],
+)  # fmt: skip
+def test_damaged_packages_are_refused(harm: object, wanted: str, tmp_path: Path) -> None:
+    """One line that names the file and what is wrong."""
+    folder = tmp_path / "m"
+    make_memory(folder, {"a": [1, 2, 3, 4], "b": [20, 21]}, SMALL)
+    assert callable(harm)
+    harm(folder)
+    with pytest.raises(PackageError, match=wanted) as raised:
+        NgramMemory.open(folder)
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    """When a package is written, and when one is read that says so."""
+    with pytest.raises(CorpusError, match="token 40"):
+        make_memory(tmp_path / "m", {"a": [1, 40]}, SMALL)
+
+
+def test_an_index_that_is_deleted_goes_on_being_read(tmp_path: Path) -> None:
+    """The files stay until the memory is closed, as every open file does."""
+    memory = make_memory(tmp_path / "m", {"a": [1, 2, 3, 4, 1, 2, 3]}, SMALL, sources=True)
+    before = memory.continuations([1, 2])
+    documents = memory.occurrences([1, 2])
+    shutil.rmtree(tmp_path / "m")
+    assert memory.continuations([1, 2]).token_ids.tolist() == before.token_ids.tolist() == [3]
+    assert memory.draft([1, 2], 2) == [3, 0]
+    assert memory.occurrences([1, 2]) == documents
+
+
+def test_a_package_of_another_tokenizer_is_refused(toys: Path, tmp_path: Path) -> None:
+    """By the hash of its token -> id map."""
+    make_memory(tmp_path / "m", {"a": [1, 2]}, SMALL)
+    with pytest.raises(PackageError, match="another tokenizer"):
+        open_or_index(tmp_path / "m", load_tokenizer(toys / "base"), tmp_path / "cache", "m")
+
+
+def test_all_errors_are_of_one_tree() -> None:
+    """What the command prints as one line."""
+    assert all(issubclass(kind, DecoderError) for kind in (CorpusError, ManifestError, PackageError))

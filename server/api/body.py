@@ -1,15 +1,16 @@
 """Checks of request bodies before vLLM sees them: what its validators or engine would fail on becomes a client error that says why."""
 
-from typing import Any
+from typing import Self, TypeVar
 
 from fastapi import Request
-from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
 
 from memdec.server.api import structured_outputs
 from memdec.server.api.bounds import require_bounded
 from memdec.server.api.plain_json import require_plain
 from memdec.server.engine.openai_layer import ChatCompletionRequest, CompletionRequest, ResponsesRequest, asking
 from memdec.server.errors import RequestError
+from memdec.server.json_types import JsonObject
 from memdec.server.routing.domains import MODES
 from memdec.server.routing.spelling import require_spelt_headers
 
@@ -23,7 +24,10 @@ OURS = {  # what our routes read beside OpenAI's and vLLM's fields
 WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, RecursionError)
 
 
-def _described(schema: dict[str, Any]) -> None:
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def _described(schema: JsonObject) -> None:
     schema["properties"].update(OURS)
 
 
@@ -34,7 +38,7 @@ class Completion(CompletionRequest):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _as_client_error(cls, body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+    def _as_client_error(cls, body: object, validate: ModelWrapValidatorHandler[Self]) -> Self:
         return _validated(body, validate)
 
 
@@ -45,7 +49,7 @@ class ChatCompletion(ChatCompletionRequest):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _as_client_error(cls, body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+    def _as_client_error(cls, body: object, validate: ModelWrapValidatorHandler[Self]) -> Self:
         return _validated(body, validate)
 
 
@@ -56,11 +60,11 @@ class ResponseRequest(ResponsesRequest):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _as_client_error(cls, body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+    def _as_client_error(cls, body: object, validate: ModelWrapValidatorHandler[Self]) -> Self:
         return _validated(body, validate)
 
 
-def _validated(body: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+def _validated(body: object, validate: ModelWrapValidatorHandler[Body]) -> Body:
     """Make a client error of what vLLM's validators raise: they run before pydantic's type checks, and fail in many ways on an unexpected type."""
     try:
         return validate(body)

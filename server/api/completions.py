@@ -1,15 +1,15 @@
 """/v1/completions and /v1/chat/completions, and what all routes that answer share: choose the domain, then let vLLM answer."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from memdec.server.api.body import ChatCompletion, Completion, require_sound
+from memdec.server.api.body import ChatCompletion, Completion, ResponseRequest, require_sound
 from memdec.server.api.catalogue import offered, require_model
 from memdec.server.api.fields import pin_forced_calls, require_effective, require_shown_tools
 from memdec.server.api.limits import Limits
@@ -25,6 +25,7 @@ from memdec.server.engine.openai_layer import (
     with_cancellation,
 )
 from memdec.server.errors import RequestError
+from memdec.server.json_types import JsonObject
 from memdec.server.logs import MEMDEC
 from memdec.server.retrieval.rag import Added, added
 from memdec.server.routing.domains import NONE, RAG
@@ -36,6 +37,10 @@ FAILED = 500
 CLIENT_LEFT = 499  # recorded in the metrics alone
 BEFORE_ENGINE = ("event: response.created", "event: response.in_progress")  # what streams of /v1/responses begin with, asked or not
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+Parsed = Completion | ChatCompletion | ResponseRequest
+Asked = TypeVar("Asked", Completion, ChatCompletion, ResponseRequest)
+Event = str | bytes | memoryview
+"""What Starlette takes from a body's iterator; vLLM's events are str."""
 
 
 @router.post("/v1/completions", **with_memory(CompletionResponse))
@@ -50,7 +55,7 @@ async def chat_completions(request: ChatCompletion, raw_request: Request) -> Res
     return await answer(create_chat_completion, request, raw_request)
 
 
-async def answer(handler: Any, request: Any, raw_request: Request) -> Response:
+async def answer(handler: Callable[[Asked, Request], Awaitable[Response]], request: Asked, raw_request: Request) -> Response:
     """Answer a request. Everything is validated before the answer starts: after that, an error could only be an event in a stream with HTTP 200."""
     state = raw_request.app.state
     require_effective(request, state.limits.strict_fields)
@@ -88,7 +93,7 @@ def with_usage(response: Response, retrieved: Added, n: int) -> Response:
     if isinstance(response, StreamingResponse):
         events = response.body_iterator
 
-        async def counted() -> AsyncIterator[Any]:
+        async def counted() -> AsyncIterator[Event]:
             async for event in events:
                 if isinstance(event, str) and event.startswith("data: {") and '"usage":{' in event:
                     body = json.loads(event[6:])
@@ -104,7 +109,7 @@ def with_usage(response: Response, retrieved: Added, n: int) -> Response:
     )
 
 
-def _counted(body: dict[str, Any], tokens: int) -> dict[str, Any]:
+def _counted(body: JsonObject, tokens: int) -> JsonObject:
     for key in ("prompt_tokens", "total_tokens"):
         body["usage"][key] += tokens
     return body
@@ -119,7 +124,7 @@ async def _begin(response: StreamingResponse, _: Request) -> Response:
         error = json.loads(first.removeprefix("data: "))
         return JSONResponse(error, status_code=error["error"]["code"])
 
-    async def all_events() -> AsyncIterator[Any]:
+    async def all_events() -> AsyncIterator[Event]:
         for event in (*before, first):
             yield event
         async for event in events:
@@ -129,7 +134,7 @@ async def _begin(response: StreamingResponse, _: Request) -> Response:
     return response
 
 
-def _choices(request: Any, raw_request: Request) -> int:
+def _choices(request: Parsed, raw_request: Request) -> int:
     """How many answers a request asks for. Raises RequestError if that, or their length, is over the server's limits."""
     limits: Limits = raw_request.app.state.limits
     if limits.log_prompts:
@@ -149,7 +154,7 @@ def _choices(request: Any, raw_request: Request) -> int:
     return int(prompts * n)
 
 
-def _field(request: Any, name: str) -> Any:
+def _field(request: Parsed, name: str) -> Any:
     """A field of a request; None where its route has none of that name, whatever a client has put under it."""
     return getattr(request, name) if name in type(request).model_fields else None
 
@@ -169,12 +174,12 @@ def _log_failure(raw_request: Request, what: str) -> None:
     MEMDEC.error("request %s failed: %s", getattr(metadata, "request_id", None), what)
 
 
-def _is_batch(prompt: Any) -> bool:
+def _is_batch(prompt: object) -> bool:
     """Whether a completion's prompt is a list of prompts, not one text or one list of token ids."""
     return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
 
 
-def _select(request: Any, raw_request: Request) -> Selection:
+def _select(request: Parsed, raw_request: Request) -> Selection:
     """The selection of one parsed request. Our fields are unknown to vLLM's classes, which keep such fields in `model_extra`."""
     for name in RESERVED:
         if name in (request.vllm_xargs or {}):
@@ -188,7 +193,7 @@ def _select(request: Any, raw_request: Request) -> Selection:
     return select(domains, request.model, headers, request.model_extra or {})
 
 
-def _apply(selection: Selection, request: Any) -> None:
+def _apply(selection: Selection, request: Parsed) -> None:
     """Put the selection where it travels to the engine: SamplingParams.extra_args, by way of vllm_xargs."""
     if selection.domain is None:
         return

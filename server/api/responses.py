@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 
 from memdec.server.api.body import ResponseRequest, require_sound
-from memdec.server.api.completions import BEFORE_ENGINE, answer
+from memdec.server.api.completions import BEFORE_ENGINE, Event, answer
 from memdec.server.api.openapi import answered, with_memory
 from memdec.server.engine.openai_layer import (
     ResponsesResponse,
@@ -21,8 +21,6 @@ from memdec.server.engine.responses import MemoryResponses
 from memdec.server.errors import RequestError, UnknownResponse
 from memdec.server.routing.selection import Selection
 
-Event = str | bytes | memoryview
-"""What Starlette takes from an iterator of a body; vLLM's are texts."""
 router = APIRouter()
 
 

@@ -2,16 +2,20 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
-from vllm.v1.engine import FinishReason
+from vllm.inputs import EngineInput
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestOutputCollector, RequestState
+from vllm.v1.metrics.stats import IterationStats
 
 from memdec.server.choice import CLIENT, SCORED, SEGMENT, SLOT, MemoryChoice
 from memdec.server.composite_spec import CompositeSpec
@@ -23,7 +27,7 @@ from memdec.server.engine.liveness import Liveness, engines_with_work
 from memdec.server.engine.loaded_domains import LoadedDomains
 from memdec.server.engine.sandbox import Sandbox
 from memdec.server.engine.shadows import Shadows
-from memdec.server.engine.tool_calls import bounded
+from memdec.server.engine.tool_calls import Params, bounded
 from memdec.server.errors import RequestError, ShuttingDown
 from memdec.server.in_place import become, overwrite, require
 from memdec.server.metrics import NO_LABEL, Timings
@@ -40,17 +44,17 @@ class TimedOutputProcessor(OutputProcessor):
 
     timings: Timings
 
-    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    def add_request(self, request: EngineCoreRequest, *args: object, **kwargs: object) -> None:
         """Note the request's metric label, slot and pass."""
         super().add_request(request, *args, **kwargs)
         choice = MemoryChoice.of(request.sampling_params)
-        state: Any = self.request_states[request.request_id]
+        state: RequestState = self.request_states[request.request_id]
         state.memory_label = choice.label if choice is not None else NO_LABEL
         extra = getattr(request.sampling_params, "extra_args", None) or {}
         state.memory_segment = extra.get(SEGMENT, 0)
         state.memory_slot = extra.get(SLOT, 0)
 
-    def process_outputs(self, engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    def process_outputs(self, engine_core_outputs: list[EngineCoreOutput], *args: object, **kwargs: object) -> OutputProcessorOutput:
         """End an answer whose grammar allowed no token with a client error; vLLM reports it like any failure of its own.
 
         The one failure that the scheduler reports with tokens is a grammar that doesn't take what was sampled under its own mask.
@@ -62,7 +66,13 @@ class TimedOutputProcessor(OutputProcessor):
             queue.put(VLLMValidationError(CANNOT_BE_FOLLOWED, parameter=FIELD))
         return processed
 
-    def _update_stats_from_output(self, req_state: Any, engine_core_output: Any, engine_core_timestamp: Any, iteration_stats: Any) -> None:
+    def _update_stats_from_output(
+        self,
+        req_state: RequestState,
+        engine_core_output: EngineCoreOutput,
+        engine_core_timestamp: float,
+        iteration_stats: IterationStats | None,
+    ) -> None:
         first, before = req_state.is_prefilling, req_state.stats.last_token_ts if req_state.stats else 0.0
         super()._update_stats_from_output(req_state, engine_core_output, engine_core_timestamp, iteration_stats)
         if iteration_stats is None or not engine_core_output.new_token_ids:
@@ -72,12 +82,14 @@ class TimedOutputProcessor(OutputProcessor):
         first = first and req_state.memory_segment < 2
         self.timings.tokens(req_state.memory_label, len(engine_core_output.new_token_ids), seconds, first)
 
-    def _update_stats_from_finished(self, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
+    def _update_stats_from_finished(
+        self, req_state: RequestState, finish_reason: FinishReason, iteration_stats: IterationStats | None
+    ) -> None:
         super()._update_stats_from_finished(req_state, finish_reason, iteration_stats)
         if iteration_stats is not None and req_state.stats.num_generation_tokens > 1 and not req_state.memory_segment:
             self.timings.finished(req_state.memory_label, iteration_stats.finished_requests[-1].mean_time_per_output_token)
 
-    def do_tracing(self, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
+    def do_tracing(self, engine_core_output: EngineCoreOutput, req_state: RequestState, iteration_stats: IterationStats | None) -> None:
         """vLLM's span of one request, with mode and domain as attributes."""
         with tracing.attributes_of(req_state.memory_label):
             super().do_tracing(engine_core_output, req_state, iteration_stats)
@@ -103,7 +115,7 @@ class MemoryEngine(AsyncLLM):
     sandbox: Sandbox | None = None
     """Started by the launcher, before there are threads; without one, the first grammar starts its own."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.equip()
 
@@ -132,13 +144,17 @@ class MemoryEngine(AsyncLLM):
         retrieved = [(mode, entry.name) for entry in datastores for mode in (KNN, RAG)]
         self.output_processor.timings = Timings([(mode, entry.name) for entry in decoders for mode in (DECODER, NONE)] + retrieved)
 
-    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
+    def generate(
+        self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **rest: object
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt. Prompts come in their order in the HTTP request."""
         if (sampling_params.extra_args or {}).get(SCORED):
             return scored(self._generate, self.model_config, prompt, sampling_params, request_id, **rest)
         return self._generate(prompt, sampling_params, request_id, **rest)
 
-    def _generate(self, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
+    def _generate(
+        self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **rest: object
+    ) -> AsyncGenerator[RequestOutput, None]:
         choice = MemoryChoice.of(sampling_params)
         replayed = (getattr(sampling_params, "extra_args", None) or {}).get(CLIENT) == BACKGROUND
         if rest.get("priority") and not self.takes_priorities and not replayed:
@@ -146,7 +162,7 @@ class MemoryEngine(AsyncLLM):
         if choice is None or choice.mode != RAG:
             if self.shadows is not None and choice is not None and choice.mode == DECODER and choice.mixed:
                 self.shadows.offer(prompt, sampling_params, choice.domain)
-            return super().generate(prompt, sampling_params, request_id, **rest)
+            return super().generate(prompt, sampling_params, request_id, **rest)  # type: ignore[no-any-return]
         finder, context, count = self.finders[choice.domain], self.model_config.max_model_len, added.get().of_next_prompt()
         if choice.stride:
             rest["tokenizer"] = self.renderer.tokenizer
@@ -161,7 +177,7 @@ class MemoryEngine(AsyncLLM):
         replicas = [ranks[0] for ranks in await self.everywhere("step_times")]
         return {part: (sum(r[part][0] for r in replicas), sum(r[part][1] for r in replicas)) for part in PARTS}
 
-    async def everywhere(self, method: str, *args: Any) -> list[list[Any]]:
+    async def everywhere(self, method: str, *args: object) -> list[list[Any]]:
         """Call a method on every worker, between two steps: for each replica, each rank's answer."""
         answers: list[list[Any]] = await self.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
         return answers
@@ -171,7 +187,9 @@ class MemoryEngine(AsyncLLM):
         running = (getattr(state, "memory_slot", 0) for state in self.output_processor.request_states.values())
         return self.admitting[slot] > 0 or slot in running
 
-    async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    async def add_request(
+        self, request_id: str, prompt: EngineInput | EngineCoreRequest, params: Params, *args: object, **kwargs: object
+    ) -> RequestOutputCollector:
         """The one choke point of all routes: prefix-cache blocks carry the domain and decoder revision that filled them.
 
         The request is given the slot of that revision, and stays there when the domain gets a newer one.
@@ -206,7 +224,7 @@ class MemoryEngine(AsyncLLM):
             self.admitting[slot] -= 1
             self.admission.arrived(getattr(params, "n", 1))
 
-    async def _compilable(self, params: Any) -> Any:
+    async def _compilable(self, params: Params) -> Params:
         """A copy of the parameters whose grammar the sandbox has compiled. Raises VLLMValidationError."""
         constraint = getattr(params, "structured_outputs", None)
         if constraint is None or constraint.all_constraints_none():
@@ -260,7 +278,7 @@ def _with_engine_fields(params: Any, slot: int) -> Any:
     return params
 
 
-def _charge(prompt: Any, params: Any) -> None:
+def _charge(prompt: EngineInput | EngineCoreRequest, params: Params) -> None:
     """Count a request's tokens for its API key. Raises RequestError if they are too many."""
     mine, ids = account.get(), prompt.get("prompt_token_ids") if isinstance(prompt, dict) else prompt.prompt_token_ids
     extra = getattr(params, "extra_args", None) or {}

@@ -1,15 +1,19 @@
 """V2 adapter: hands each step's routing to the model by way of vLLM's ModelState, whose `prepare_inputs` gives keywords of `forward`."""
 
-from typing import Any
-
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from memdec.server.choice import MemoryChoice
 from memdec.server.composite_spec import spec_of
 from memdec.server.model.attention import attention_names
+from memdec.server.model.composite import MemoryDecoderForCausalLM
 from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
 from memdec.server.worker.forward_contexts import MemoryAttention
 from memdec.server.worker.slots import chosen
@@ -20,21 +24,23 @@ class MemoryModelState(DefaultModelState):
 
     attention: MemoryAttention | None = None
 
-    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, model: MemoryDecoderForCausalLM, encoder_cache: EncoderCache | None, device: torch.device
+    ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.slots = spec_of(vllm_config.model_config.hf_config).first_slots
         self.towers = len(model.towers)
         self.names = attention_names(model.towers[0])
         self.chosen: dict[str, tuple[int, float]] = {}
         """Slot and lambda by request."""
-        self.step: dict[str, Any] = {}
+        self.step: dict[str, object] = {}
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.captures = model.stacked is not None
         self.token_slots = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.token_lams = torch.zeros(tokens, device=device)
         """Where graphs read them."""
 
-    def add_request(self, req_index: int, new_req_data: Any) -> None:
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Read what a new request chose."""
         super().add_request(req_index, new_req_data)
         self.chosen[new_req_data.req_id] = chosen(MemoryChoice.of(new_req_data.sampling_params), self.slots)
@@ -46,16 +52,16 @@ class MemoryModelState(DefaultModelState):
 
     def prepare_attn(
         self,
-        input_batch: Any,
-        cudagraph_mode: Any,
-        block_tables: Any,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
-        attn_groups: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+        attn_groups: list[list[AttentionGroup]],
+        *args: object,
+        **kwargs: object,
+    ) -> dict[str, object]:
         """vLLM's metadata; and the routing of the step, with a context for each decoder whose tokens aren't all there are."""
-        metadata: dict[str, Any] = super().prepare_attn(
+        metadata: dict[str, object] = super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
         )
         if self.attention is None:
@@ -82,14 +88,14 @@ class MemoryModelState(DefaultModelState):
         self.step = {"routing": routing, "attention": contexts}
         return metadata
 
-    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, object]:
         """Further keywords of the composite's forward. Without metadata (profiling) nobody has a memory."""
         step, self.step = self.step or {"routing": BASE_ALONE}, {}
         return {**super().prepare_inputs(input_batch, req_states), **step}
 
-    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, object]:
         """The keywords with which the step is captured as one graph: base, memories and what rows are packed with, whether anybody asks or not."""
-        found: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        inputs: dict[str, object] = super().prepare_dummy_inputs(num_reqs, num_tokens)
         if self.captures:
-            found["routing"] = StepRouting.over(self.token_slots[:num_tokens], self.token_lams[:num_tokens])
-        return found
+            inputs["routing"] = StepRouting.over(self.token_slots[:num_tokens], self.token_lams[:num_tokens])
+        return inputs

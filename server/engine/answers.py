@@ -166,10 +166,10 @@ class Chats(OpenAIServingChat):
 
 
 class Responses(OpenAIServingResponses):
-    """`/v1/responses`. Each stream is made by a copy of the app's object, which knows what was not told yet."""
+    """`/v1/responses`. Each stream is made by a copy of the app's object, which keeps the tokens that no event has carried yet."""
 
-    untold: list[tuple[int, Candidates]] | None = None
-    """Of a stream: tokens and their log-probabilities for which there was no event yet."""
+    pending: list[tuple[int, Candidates]] | None = None
+    """Of a stream: tokens with their log-probabilities that no event has carried yet."""
 
     def _validate_generator_input(self, engine_input: EngineInput) -> ErrorResponse | None:
         """Nothing. Raises VLLMValidationError for a prompt without room for an answer: vLLM says that 512 exceeds 512."""
@@ -189,28 +189,28 @@ class Responses(OpenAIServingResponses):
         To be dropped when it keeps what belongs to such an output for the next event.
         """
         mine = copy.copy(self)
-        mine.untold = []
+        mine.pending = []
         source = super(Responses, mine)._process_simple_streaming_events
         async for event in source(request, sampling_params, mine._collected(result_generator), *args, **kwargs):
-            if event.type.endswith(".delta"):  # of reasoning or of a call, which have no log-probabilities; those of text are told
-                mine.untold.clear()
+            if event.type.endswith(".delta"):  # of reasoning or of a call, which have no log-probabilities; those of text carry them
+                mine.pending.clear()
             yield event
 
     async def _collected(self, contexts: AsyncIterator[ConversationContext]) -> AsyncIterator[ConversationContext]:
-        """The stream's contexts, while what came last is the latest of the untold."""
+        """The stream's contexts, whose latest tokens become pending."""
         async for context in contexts:
-            if self.untold is not None and context.last_output is not None:
+            if self.pending is not None and context.last_output is not None:
                 for choice in context.last_output.outputs:
-                    self.untold += zip(choice.token_ids, choice.logprobs or (), strict=False)
+                    self.pending += zip(choice.token_ids, choice.logprobs or (), strict=False)
             yield context
 
     def _create_response_logprobs(
         self, token_ids: Sequence[int], logprobs: Sequence[Candidates], tokenizer: Tokenizer, top_logprobs: int | None = None
     ) -> list[ResponseLogprob]:
         """vLLM's, with each token's own bytes, as in chats; in a stream, of all tokens since the last text."""
-        if self.untold is not None:
-            token_ids, logprobs = [t for t, _ in self.untold], [c for _, c in self.untold]
-            self.untold.clear()
+        if self.pending is not None:
+            token_ids, logprobs = [t for t, _ in self.pending], [c for _, c in self.pending]
+            self.pending.clear()
         entries: list[ResponseLogprob] = super()._create_response_logprobs(token_ids, logprobs, tokenizer, top_logprobs)
         for entry, token, candidates in zip(entries, token_ids, logprobs, strict=True):
             _give_bytes(entry, tokenizer, token, candidates)

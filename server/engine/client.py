@@ -10,6 +10,7 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -27,7 +28,7 @@ from memdec.server.engine.liveness import Liveness, engines_with_work
 from memdec.server.engine.loaded_domains import LoadedDomains
 from memdec.server.engine.sandbox import Sandbox
 from memdec.server.engine.shadows import Shadows
-from memdec.server.engine.tool_calls import Params, bounded
+from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError, ShuttingDown
 from memdec.server.in_place import become, overwrite, require
 from memdec.server.metrics import NO_LABEL, Timings
@@ -150,11 +151,10 @@ class MemoryEngine(AsyncLLM):
         """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt. Prompts come in their order in the HTTP request."""
         if (sampling_params.extra_args or {}).get(SCORED):
             return scored(self._generate, self.model_config, prompt, sampling_params, request_id, **rest)
-        return self._generate(prompt, sampling_params, request_id, **rest)
+        outputs: AsyncGenerator[RequestOutput, None] = self._generate(prompt, sampling_params, request_id, **rest)
+        return outputs
 
-    def _generate(
-        self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **rest: object
-    ) -> AsyncGenerator[RequestOutput, None]:
+    def _generate(self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **rest: object) -> Any:
         choice = MemoryChoice.of(sampling_params)
         replayed = (getattr(sampling_params, "extra_args", None) or {}).get(CLIENT) == BACKGROUND
         if rest.get("priority") and not self.takes_priorities and not replayed:
@@ -162,7 +162,7 @@ class MemoryEngine(AsyncLLM):
         if choice is None or choice.mode != RAG:
             if self.shadows is not None and choice is not None and choice.mode == DECODER and choice.mixed:
                 self.shadows.offer(prompt, sampling_params, choice.domain)
-            return super().generate(prompt, sampling_params, request_id, **rest)  # type: ignore[no-any-return]
+            return super().generate(prompt, sampling_params, request_id, **rest)
         finder, context, count = self.finders[choice.domain], self.model_config.max_model_len, added.get().of_next_prompt()
         if choice.stride:
             rest["tokenizer"] = self.renderer.tokenizer
@@ -188,7 +188,12 @@ class MemoryEngine(AsyncLLM):
         return self.admitting[slot] > 0 or slot in running
 
     async def add_request(
-        self, request_id: str, prompt: EngineInput | EngineCoreRequest, params: Params, *args: object, **kwargs: object
+        self,
+        request_id: str,
+        prompt: EngineInput | EngineCoreRequest,
+        params: SamplingParams | PoolingParams,
+        *args: object,
+        **kwargs: object,
     ) -> RequestOutputCollector:
         """The one choke point of all routes: prefix-cache blocks carry the domain and decoder revision that filled them.
 
@@ -224,7 +229,7 @@ class MemoryEngine(AsyncLLM):
             self.admitting[slot] -= 1
             self.admission.arrived(getattr(params, "n", 1))
 
-    async def _compilable(self, params: Params) -> Params:
+    async def _compilable(self, params: Any) -> Any:
         """A copy of the parameters whose grammar the sandbox has compiled. Raises VLLMValidationError."""
         constraint = getattr(params, "structured_outputs", None)
         if constraint is None or constraint.all_constraints_none():
@@ -278,7 +283,7 @@ def _with_engine_fields(params: Any, slot: int) -> Any:
     return params
 
 
-def _charge(prompt: EngineInput | EngineCoreRequest, params: Params) -> None:
+def _charge(prompt: EngineInput | EngineCoreRequest, params: SamplingParams | PoolingParams) -> None:
     """Count a request's tokens for its API key. Raises RequestError if they are too many."""
     mine, ids = account.get(), prompt.get("prompt_token_ids") if isinstance(prompt, dict) else prompt.prompt_token_ids
     extra = getattr(params, "extra_args", None) or {}

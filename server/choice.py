@@ -1,7 +1,6 @@
 """A request's domain, mode and lambda as entries of SamplingParams.extra_args, which carry them through vLLM."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from memdec.server.routing.domains import DECODER, KNN, NONE, RAG
 
@@ -30,7 +29,7 @@ class MemoryChoice:
     """With `decoder`: the slot of the revision that answers, to the end even if a newer one is loaded; 0: the worker looks the name up."""
 
     @classmethod
-    def of(cls, params: Any) -> "MemoryChoice | None":
+    def of(cls, params: object) -> "MemoryChoice | None":
         """The choice in a request's SamplingParams (or pooling parameters, which have none); None: no domain was named."""
         extra = getattr(params, "extra_args", None)
         if not extra or extra.get(DOMAIN) is None:

@@ -1,16 +1,16 @@
 """What the OpenAPI description says beyond what FastAPI finds out: headers of requests and answers, errors, keys."""
 
 from collections import Counter
-from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from memdec.server.api.access import NEEDS, Need
 from memdec.server.engine.openai_layer import ErrorResponse
+from memdec.server.json_types import JsonObject
 from memdec.server.routing.domains import MODES
 
-ERRORS: dict[int | str, dict[str, Any]] = {  # naming a default keeps FastAPI from adding a 422 that is never sent
+ERRORS: dict[int | str, JsonObject] = {  # naming a default keeps FastAPI from adding a 422 that is never sent
     400: {"model": ErrorResponse, "description": "The request can't be served as it stands; `param` names the field."},
     "default": {"model": ErrorResponse, "description": "Any other error, in the same form."},
 }
@@ -81,7 +81,7 @@ class DomainEntry(BaseModel):
     revision: str
     size_bytes: int
     tokenizer_hash: str
-    perplexity: dict[str, Any] | None
+    perplexity: JsonObject | None
     datastore: DatastoreEntry | None
 
 
@@ -90,7 +90,7 @@ class DomainEntries(BaseModel):
 
     object: str = "list"
     data: list[DomainEntry]
-    slots: dict[str, Any] | None = None
+    slots: JsonObject | None = None
 
 
 class DomainDeleted(BaseModel):
@@ -101,12 +101,12 @@ class DomainDeleted(BaseModel):
     deleted: bool
 
 
-def answered(model: type[BaseModel], status: int = 200) -> dict[str, Any]:
+def answered(model: type[BaseModel], status: int = 200) -> JsonObject:
     """Arguments of a route whose function makes its JSON itself: the schema is described, and nothing is checked again."""
     return {"response_model": None, "responses": {status: {"model": model}}}
 
 
-def with_memory(model: type[BaseModel]) -> dict[str, Any]:
+def with_memory(model: type[BaseModel]) -> JsonObject:
     """Arguments of a route that a memory can be chosen for."""
     stream = {
         "text/event-stream": {"schema": {"type": "string", "description": "With `stream`: one `data: {…}` an event, last `data: [DONE]`."}}
@@ -122,7 +122,7 @@ def complete(app: FastAPI, keyed: bool) -> None:
     """Add to the app's description what concerns all routes: the id on every answer, and which key each route needs."""
     plain = app.openapi
 
-    def described() -> dict[str, Any]:
+    def described() -> JsonObject:
         if app.openapi_schema is None:
             _complete(plain(), keyed)
         return plain()
@@ -130,7 +130,7 @@ def complete(app: FastAPI, keyed: bool) -> None:
     app.openapi = described  # type: ignore[method-assign]
 
 
-def _complete(description: dict[str, Any], keyed: bool) -> None:
+def _complete(description: JsonObject, keyed: bool) -> None:
     schemas = description["components"]["schemas"]
     titles = Counter(schema.get("title") for schema in schemas.values())
     for name, schema in schemas.items():

@@ -5,7 +5,6 @@ from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -145,7 +144,7 @@ def updates_of(options: Options, loaded: int) -> UpdateOptions | None:
     return UpdateOptions(slots, tuple(root.resolve() for root in roots), key, options.domain_load_timeout or LOAD_SECONDS)
 
 
-def read_config(words: Sequence[str]) -> Mapping[str, Any]:
+def read_config(words: Sequence[str]) -> Mapping[str, object]:
     """The entries of the `--config FILE` that vLLM's options, and ours, may come from. Raises StartupError."""
     if "--config" not in words:
         return {}
@@ -159,7 +158,7 @@ def read_config(words: Sequence[str]) -> Mapping[str, Any]:
     return {str(key).replace("_", "-"): value for key, value in entries.items()}
 
 
-def _words_of(config: Mapping[str, Any]) -> list[str]:
+def _words_of(config: Mapping[str, object]) -> list[str]:
     """Our options of a configuration file, as words."""
     line: list[str] = []
     for name, value in ((f"--{key}", value) for key, value in config.items()):
@@ -168,7 +167,7 @@ def _words_of(config: Mapping[str, Any]) -> list[str]:
     return line
 
 
-def _listed(value: Any) -> list[str]:
+def _listed(value: object) -> list[str]:
     return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 

@@ -41,7 +41,7 @@ def vllm_command(args: Namespace, line: CommandLine, settings: Settings) -> str:
     return f"{PLUGINS} {shlex.join(command)}"
 
 
-def _filled(args: Namespace, settings: Settings) -> dict[str, Any]:
+def _filled(args: Namespace, settings: Settings) -> dict[str, object]:
     """What was filled in, as options."""
     json_log = settings.limits.log_json
     return {

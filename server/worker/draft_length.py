@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from math import log
-from typing import Any
 
 TRIED = 4.0  # drafted tokens' worth of what is usual in its domain that a new request begins with
 KEPT = 0.9  # of a request's evidence, from step to step: text changes
@@ -12,7 +11,7 @@ SIZES = 25.0  # tokens^2: how much sizes must vary before their cost is believed
 PROBE = 16  # steps after which a request that drafts nothing tries one token, to learn whether it still should
 
 
-def drafting(most: int, drafter: str = "MemoryDrafter") -> dict[str, Any]:
+def drafting(most: int, drafter: str = "MemoryDrafter") -> dict[str, object]:
     """vLLM's options for drafting up to `most` tokens; `drafter` names a class of memdec.server.worker.drafter."""
     return {
         "speculative_config": {

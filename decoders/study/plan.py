@@ -93,49 +93,9 @@ class Plan:
         if unknown:
             raise OptionError(f"{file}: unknown key {unknown[0]!r}; wanted budget, bases, domains, general, work, build")
         here = file.resolve().parent
-        bases = {}
-        for name, entry in _table(file, text, "bases").items():
-            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-                raise OptionError(f"{file}: bases.{name}: wanted a table with path")
-            bases[name] = _fill(Base, {**entry, "path": here / entry["path"]}, f"{file}: bases.{name}")
-            if not bases[name].path.is_dir():
-                raise OptionError(f"{file}: bases.{name}.path: {bases[name].path}: no such folder")
+        bases = {name: _base(file, here, name, entry) for name, entry in _table(file, text, "bases").items()}
         shared = _table(file, text, "build", {})
-        domains = []
-        for name, entry in _table(file, text, "domains").items():
-            if not DOMAIN.fullmatch(name):
-                raise OptionError(f"{file}: domains.{name}: wanted {DOMAIN_RULE}")
-            if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys() or not isinstance(entry["work"], str):
-                raise OptionError(f"{file}: domains.{name}: wanted corpus and work")
-            own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts", "bases", "without", "decoder")}
-            without = entry.get("without", [])
-            if not isinstance(without, list) or not set(map(str, without)) <= set(OPTIONAL):
-                raise OptionError(f"{file}: domains.{name}.without: {without!r}: wanted a list of {', '.join(OPTIONAL)}")
-            beside = entry.get("bases", list(bases))
-            if not isinstance(beside, list) or not beside or not set(map(str, beside)) <= bases.keys():
-                raise OptionError(f"{file}: domains.{name}.bases: {beside!r}: wanted a list of {', '.join(bases)}")
-            prompts = entry.get("prompts", [])
-            if not isinstance(prompts, list) or not all(isinstance(p, str) and p for p in prompts):
-                raise OptionError(f"{file}: domains.{name}.prompts: {prompts!r}: wanted a list of texts")
-            finished = entry.get("decoder")
-            if finished is not None and not (isinstance(finished, str) and (here / finished / "config.json").is_file()):
-                raise OptionError(f"{file}: domains.{name}.decoder: {finished!r}: wanted the folder of a decoder")
-            try:
-                options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
-            except OptionError as error:
-                raise error if str(file) in str(error) else OptionError(f"{file}: domains.{name}: {error}") from None
-            domains.append(
-                Domain(
-                    name,
-                    _corpus(here, entry["corpus"], f"{file}: domains.{name}.corpus"),
-                    here / entry["work"],
-                    options,
-                    tuple(prompts),
-                    tuple(beside),
-                    tuple(without),
-                    here / finished if finished is not None else None,
-                )
-            )
+        domains = [_domain(file, here, name, entry, shared, list(bases)) for name, entry in _table(file, text, "domains").items()]
         if not bases or not domains:
             raise OptionError(f"{file}: wanted at least one base and one domain")
         budget = _fill(Budget, _table(file, text, "budget", {}), f"{file}: budget")
@@ -143,6 +103,51 @@ class Plan:
             if not isinstance(text.get(key), str):
                 raise OptionError(f"{file}: {key}: wanted a path, found {text.get(key)!r}")
         return cls(budget, bases, tuple(domains), _corpus(here, text["general"], f"{file}: general"), here / text["work"])
+
+
+def _base(file: Path, here: Path, name: str, entry: object) -> Base:
+    """One base of a description. Raises OptionError."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise OptionError(f"{file}: bases.{name}: wanted a table with path")
+    base: Base = _fill(Base, {**entry, "path": here / entry["path"]}, f"{file}: bases.{name}")
+    if not base.path.is_dir():
+        raise OptionError(f"{file}: bases.{name}.path: {base.path}: no such folder")
+    return base
+
+
+def _domain(file: Path, here: Path, name: str, entry: object, shared: dict[str, Any], bases: list[str]) -> Domain:
+    """One domain of a description; `shared` are the build options of all, `bases` those that there are. Raises OptionError."""
+    if not DOMAIN.fullmatch(name):
+        raise OptionError(f"{file}: domains.{name}: wanted {DOMAIN_RULE}")
+    if not isinstance(entry, dict) or not {"corpus", "work"} <= entry.keys() or not isinstance(entry["work"], str):
+        raise OptionError(f"{file}: domains.{name}: wanted corpus and work")
+    own = {k: v for k, v in entry.items() if k not in ("corpus", "work", "prompts", "bases", "without", "decoder")}
+    without = entry.get("without", [])
+    if not isinstance(without, list) or not set(map(str, without)) <= set(OPTIONAL):
+        raise OptionError(f"{file}: domains.{name}.without: {without!r}: wanted a list of {', '.join(OPTIONAL)}")
+    beside = entry.get("bases", bases)
+    if not isinstance(beside, list) or not beside or not set(map(str, beside)) <= set(bases):
+        raise OptionError(f"{file}: domains.{name}.bases: {beside!r}: wanted a list of {', '.join(bases)}")
+    prompts = entry.get("prompts", [])
+    if not isinstance(prompts, list) or not all(isinstance(p, str) and p for p in prompts):
+        raise OptionError(f"{file}: domains.{name}.prompts: {prompts!r}: wanted a list of texts")
+    finished = entry.get("decoder")
+    if finished is not None and not (isinstance(finished, str) and (here / finished / "config.json").is_file()):
+        raise OptionError(f"{file}: domains.{name}.decoder: {finished!r}: wanted the folder of a decoder")
+    try:
+        options = _fill(BuildOptions, {**shared, **own}, f"{file}: domains.{name}")
+    except OptionError as error:
+        raise error if str(file) in str(error) else OptionError(f"{file}: domains.{name}: {error}") from None
+    return Domain(
+        name,
+        _corpus(here, entry["corpus"], f"{file}: domains.{name}.corpus"),
+        here / entry["work"],
+        options,
+        tuple(prompts),
+        tuple(beside),
+        tuple(without),
+        here / finished if finished is not None else None,
+    )
 
 
 def _corpus(here: Path, source: Any, where: str) -> str:

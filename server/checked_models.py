@@ -8,17 +8,18 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from memdec.decoders.reading.errors import DecoderError
+from memdec.decoders.reading.errors import DecoderError, PackageError
 from memdec.decoders.reading.files import read_json, shown
+from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.record import Config, checked
 from memdec.decoders.reading.retrieval import RetrievalPackage
 from memdec.decoders.reading.tokenizer import first_line, load_copied, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from memdec.decoders.reading.weights import CONFIG, check_weights, fingerprint_model, scan
-from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry, Served
+from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry, NgramEntry, Served
 from memdec.server.errors import StartupError
 from memdec.server.naming import parse_named, require_folder
-from memdec.server.routing.domains import Datastore, Domain, Domains
+from memdec.server.routing.domains import Datastore, Domain, Domains, Ngrams
 
 # config.json entries that may differ between decoders of one shape
 NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -27,7 +28,7 @@ SCANNED = 8 << 30  # a base of more bytes is checked for NaN only while vLLM loa
 
 @dataclass(frozen=True)
 class Models:
-    """Base and decoders, checked and ready for the engine."""
+    """Base and memories, checked and ready for the engine."""
 
     base: Path
     architecture: str
@@ -38,16 +39,21 @@ class Models:
     """Decoders that may be loaded at once, if more than there are at the start."""
 
     def overrides(self) -> dict[str, Any]:
-        """vLLM's `hf_overrides`: makes the base's folder load as our composite. Without decoders it stays what it is."""
-        if not self.domains.all:
-            return {}
+        """vLLM's `hf_overrides`: makes the base's folder load as our composite. Without memories it stays what it is."""
+        return self.spec.overrides() if self.domains.all else {}
+
+    @property
+    def spec(self) -> CompositeSpec:
+        """The composite of base and memories."""
+        decoders = tuple(DecoderEntry(d.name, d.path, d.revision) for d in self.domains if d.decoder)
         return CompositeSpec(
             self.architecture,
-            tuple(DecoderEntry(d.name, d.path, d.revision) for d in self.domains),
+            decoders,
             tuple(DatastoreEntry(d.name, d.datastore.path) for d in self.domains if d.datastore is not None),
-            max(self.slots, len(self.domains.all)),
+            tuple(NgramEntry(d.name, d.ngrams.path) for d in self.domains if d.ngrams is not None),
+            max(self.slots, len(decoders)),
             served=Served(self.domains.base, tuple(asdict(d) for d in self.domains)),
-        ).overrides()
+        )
 
 
 def check_models(base: str, decoders: Iterable[str], served_name: str | None = None, hub: Mapping[str, Any] | None = None) -> Models:
@@ -82,6 +88,44 @@ def with_datastores(models: Models, values: Iterable[str], skip_broken: bool) ->
         datastores[name] = Datastore(str(package.path), package.lam, package.entries, package.size, package.revision)
     domains = tuple(replace(d, datastore=datastores.get(d.name)) for d in models.domains)
     return replace(models, domains=replace(models.domains, all=domains))
+
+
+def with_ngrams(models: Models, values: Iterable[str]) -> Models:
+    """The same with the `--ngram NAME=PATH` values checked, and joined to the domains of their names or made domains of their own.
+
+    Raises StartupError naming what is wrong.
+    """
+    domains, given = models.domains, set[str]()
+    for name, path in (parse_named("--ngram", value) for value in values):
+        if name in given:
+            raise StartupError(f"--ngram: the name {name!r} is given twice")
+        given.add(name)
+        token_hash = token_map_hash(load_tokenizer(models.base))
+        try:
+            ngrams = open_ngrams(Path(path).resolve(), lambda: fingerprint_model(models.base), token_hash)
+        except DecoderError as error:
+            raise StartupError(f"--ngram {name}: {error}") from None
+        domains = domains.having(with_memory(domains.get(name), name, ngrams, token_hash))
+    return replace(models, domains=domains)
+
+
+def open_ngrams(path: Path, base: Callable[[], str], token_hash: str) -> Ngrams:
+    """An n-gram memory, checked: `base` says the base's revision, `token_hash` is of its token map. Raises DecoderError, one line."""
+    memory = NgramMemory.open(path)
+    if memory.tokenizer != token_hash:
+        raise PackageError(f"{path}: made with another tokenizer (token map {memory.tokenizer}, the base's is {token_hash})")
+    beside = memory.base is not None and memory.base == base()
+    return Ngrams(
+        str(path), memory.lambda_, memory.order, memory.tokens, memory.size, memory.revision, memory.tuned and beside, memory.sources,
+        dict(memory.perplexity) if beside else {},
+    )  # fmt: skip
+
+
+def with_memory(domain: Domain | None, name: str, ngrams: Ngrams, token_hash: str) -> Domain:
+    """A domain with this n-gram memory; without a decoder if there was none before."""
+    if domain is None or not domain.decoder:
+        return Domain.of_ngrams(name, ngrams, token_hash)
+    return replace(domain, ngrams=ngrams)
 
 
 def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None, hub: Mapping[str, Any]) -> Models:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from memdec.server.routing.domains import DECODER, KNN
+from memdec.server.routing.domains import DECODER, KNN, NGRAM, NONE, RAG
 
 ARCHITECTURE = "MemoryDecoderForCausalLM"
 KEY = "memory_decoder"  # of the base's config
@@ -33,6 +33,14 @@ class DatastoreEntry:
 
 
 @dataclass(frozen=True)
+class NgramEntry:
+    """A domain's n-gram memory that is loaded at the start."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Served:
     """Settings for front ends that vLLM's own launcher starts, which don't see memdec's command line; workers ignore it."""
 
@@ -46,11 +54,12 @@ class Served:
 
 @dataclass(frozen=True)
 class CompositeSpec:
-    """The composite: a base, decoders beside it, datastores, and how many decoders there may be."""
+    """The composite: a base, decoders beside it, datastores, n-gram memories, and how many decoders there may be."""
 
     base_architecture: str
     decoders: tuple[DecoderEntry, ...]
     datastores: tuple[DatastoreEntry, ...] = ()
+    ngrams: tuple[NgramEntry, ...] = ()
     slots: int = 0
     """Decoders that may be loaded at once, if more than there are at the start."""
     stacked: bool = False
@@ -71,7 +80,8 @@ class CompositeSpec:
             served = Served(served["base"], tuple(served["domains"]), tuple(served.get("options", ())))
         decoders = tuple(DecoderEntry(**entry) for entry in entries["decoders"])
         datastores = tuple(DatastoreEntry(**entry) for entry in entries.get("datastores", ()))
-        return cls(**{**entries, "decoders": decoders, "datastores": datastores, "served": served})
+        ngrams = tuple(NgramEntry(**entry) for entry in entries.get("ngrams", ()))
+        return cls(**{**entries, "decoders": decoders, "datastores": datastores, "ngrams": ngrams, "served": served})
 
     def overrides(self) -> dict[str, Any]:
         """vLLM's `hf_overrides`, which make the base's folder load as the composite."""
@@ -84,9 +94,22 @@ class CompositeSpec:
 
     @property
     def first_slots(self) -> dict[tuple[str, str], int]:
-        """(mode, domain) -> slot at the start: decoders from 1 on, datastores after the last slot that a decoder may have."""
+        """(mode, domain) -> slot at the start: decoders from 1 on, datastores after the last slot that a decoder may have, then n-grams."""
         named = {(DECODER, entry.name): slot for slot, entry in enumerate(self.decoders, 1)}
-        return named | {(KNN, entry.name): slot for slot, entry in enumerate(self.datastores, self.capacity + 1)}
+        named |= {(KNN, entry.name): slot for slot, entry in enumerate(self.datastores, self.capacity + 1)}
+        return named | {(NGRAM, entry.name): slot for slot, entry in enumerate(self.ngrams, self.first_ngram)}
+
+    @property
+    def labels(self) -> tuple[tuple[str, str], ...]:
+        """(mode, domain) labels of the metrics at the start."""
+        modes = ((self.decoders, (DECODER,)), (self.datastores, (KNN, RAG)), (self.ngrams, (NGRAM,)))
+        pairs = [(mode, entry.name) for entries, named in modes for entry in entries for mode in (*named, NONE)]
+        return tuple(dict.fromkeys(pairs))
+
+    @property
+    def first_ngram(self) -> int:
+        """The lowest slot that an n-gram memory may have; there is no highest but MAX_SLOT."""
+        return self.capacity + len(self.datastores) + 1
 
 
 def spec_of(config: Any) -> CompositeSpec:

@@ -58,7 +58,11 @@ class BadMode(RequestError):
     param = "memory"
 
 
-class NoDatastore(BadMode):
+class NoSuchMemory(BadMode):
+    """The mode needs a decoder or an n-gram memory, and the domain has none."""
+
+
+class NoDatastore(NoSuchMemory):
     """A retrieval mode was asked for, but the domain has no datastore."""
 
 

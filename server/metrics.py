@@ -52,8 +52,27 @@ class StepSeconds(Collector):
         return iter((seconds, calls))
 
 
-STEP_SECONDS = StepSeconds()
+class DraftedTokens(Collector):
+    """What memories drafted; `totals`, by drafter, is refreshed with the steps' times."""
+
+    totals: dict[str, tuple[int, int]]
+
+    def __init__(self) -> None:
+        self.totals = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """Two counters by drafter."""
+        drafted = CounterMetricFamily("memdec_drafted_tokens", "Tokens that memories drafted, as verified.", labels=["drafter"])
+        accepted = CounterMetricFamily("memdec_accepted_tokens", "Drafted tokens that were accepted.", labels=["drafter"])
+        for drafter, (tried, kept) in self.totals.items():
+            drafted.add_metric([drafter], tried)
+            accepted.add_metric([drafter], kept)
+        return iter((drafted, accepted))
+
+
+STEP_SECONDS, DRAFTED = StepSeconds(), DraftedTokens()
 REGISTRY.register(STEP_SECONDS)
+REGISTRY.register(DRAFTED)
 
 
 class Timings:

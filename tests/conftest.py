@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")  # read by vLLM; touches /v1/responses alone
 
+from ngram_engine import make_memories
 from running import wait_until_ready
 from toys import make_toys
 
@@ -93,6 +94,12 @@ def retrieval(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "text" / f"{split}.txt").write_text(text)
     options = RetrievalOptions(entries=8000, passage=32, query=16, valid_windows=4)
     return RetrievalBuild("a", Corpus.open(str(root / "text")), toys / "base", root / "a", root / "work", options).run()
+
+
+@pytest.fixture(scope="session")
+def ngrams(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name -> n-gram memory for the toy base: one of every order, o2 to o8, one for domain a, one of text that no prompt has."""
+    return make_memories(tmp_path_factory.mktemp("ngrams"), toys)
 
 
 @pytest.fixture(scope="session")

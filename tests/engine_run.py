@@ -1,6 +1,6 @@
 """Run one batch through an offline vLLM engine in a process of its own: `python engine_run.py JOB.json RESULT.json`.
 
-A job is {"engine": LLM arguments, "requests": [{"prompt", "domain", "lambda", "mode", "sampling"}], "rounds": n, "traced": bool,
+A job is {"engine": LLM arguments, "requests": [{"prompt" (text, or token ids), "domain", "lambda", "mode", "sampling"}], "rounds": n, "traced": bool,
 "later": {domain: path}}, the last ones loaded into slots 2 and on when the engine is there. The result holds, per round and request, prompt and
 output token ids (of all samples), their log-probabilities, cached tokens, and the engine's counters; where parts are traced (see traced.py),
 shapes and replays of each.
@@ -39,7 +39,8 @@ def main(job_path: str, result_path: str) -> None:
         if extra and request["domain"] in later:
             extra[SLOT] = later[request["domain"]]
         sampling = SamplingParams(**request["sampling"], extra_args=extra)
-        prompt = {"prompt": request["prompt"]}
+        text = request["prompt"]
+        prompt: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"prompt_token_ids": text}
         if (salt := cache_salt(MemoryChoice.of(sampling), revisions, None)) is not None:
             prompt["cache_salt"] = salt
         prompts.append(prompt)
@@ -48,7 +49,14 @@ def main(job_path: str, result_path: str) -> None:
     counted = llm.get_metrics() if not job["engine"].get("disable_log_stats", True) else []
     counters = {m.name: m.value for m in counted if hasattr(m, "value")}
     replays = {name: [len(graph.graphs), graph.replays] for name, graph in graphs.items()}
-    result = {"rounds": rounds, "replays": replays, "counters": counters, "preemptions": counters.get("vllm:num_preemptions", 0)}
+    drafts = llm.collective_rpc("draft_counts")[0] if job["engine"].get("speculative_config") else {}
+    result = {
+        "rounds": rounds,
+        "drafts": drafts,
+        "replays": replays,
+        "counters": counters,
+        "preemptions": counters.get("vllm:num_preemptions", 0),
+    }
     Path(result_path).write_text(json.dumps(result))
 
 

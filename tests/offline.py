@@ -17,7 +17,8 @@ from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderE
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vllm", "vllm.v1.engine.llm_engine", "memdec.server.worker.v1"])
 
-Row = tuple[str, str | None, float] | tuple[str, str | None, float, str]
+Prompt = str | list[int]
+Row = tuple[Prompt, str | None, float] | tuple[Prompt, str | None, float, str]
 
 
 def composite(toys: Path, kind: str, datastores: dict[str, Path]) -> CompositeSpec:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from offline import Row
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -82,3 +83,13 @@ def greedy(base: PreTrainedModel, decoder: PreTrainedModel | None, prompt: list[
             p[: len(logits)] += 0.6 * logits.softmax(-1)
         ids.append(int(p.argmax()))
     return ids[len(prompt) :]
+
+
+def chi_square(counts: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """Standard deviations by which the chi-square statistic is above its mean, cells of less than 10 expected draws pooled."""
+    few = expected < 10
+    seen, wanted = (np.append(x[~few], x[few].sum()) for x in (counts, expected))
+    if wanted[-1] < 10:
+        seen, wanted = seen[:-1], wanted[:-1]
+    degrees = len(wanted) - 1
+    return float((((seen - wanted) ** 2 / wanted).sum() - degrees) / np.sqrt(2 * degrees))

@@ -20,6 +20,7 @@ OURS = {  # what our routes read beside OpenAI's and vLLM's fields
     "lambda": {"type": "number", "minimum": 0, "maximum": 1, "description": "How much the memory counts; by default as tuned."},
     "memory": {"enum": list(MODES), "description": "How the domain is remembered; a domain's modes are in /v1/domains."},
     "rag_stride": {"type": "integer", "minimum": 1, "description": "With memory 'rag': tokens between retrievals."},
+    "memory_sources": {"type": "boolean", "description": "With memory 'ngram': name the documents that the answer's tokens were seen in."},
 }
 WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, RecursionError)
 

@@ -14,6 +14,7 @@ from memdec.server.api.catalogue import offered, require_model
 from memdec.server.api.fields import pin_forced_calls, require_effective, require_shown_tools
 from memdec.server.api.limits import Limits
 from memdec.server.api.openapi import with_memory
+from memdec.server.api.sources import with_sources
 from memdec.server.choice import RESERVED, MemoryChoice
 from memdec.server.engine.openai_layer import (
     ChatCompletionResponse,
@@ -24,12 +25,13 @@ from memdec.server.engine.openai_layer import (
     validate_json_request,
     with_cancellation,
 )
+from memdec.server.engine.sources import Collected, collected
 from memdec.server.errors import RequestError
 from memdec.server.json_types import JsonObject
 from memdec.server.logs import MEMDEC
 from memdec.server.retrieval.rag import Added, added
 from memdec.server.routing.domains import NONE, RAG
-from memdec.server.routing.selection import Selection, select
+from memdec.server.routing.selection import SOURCES, Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require_sound)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
@@ -68,6 +70,8 @@ async def answer(handler: Callable[[Asked, Request], Awaitable[Response]], reque
     asked_model.set(request.model)
     retrieved = Added()
     added.set(retrieved)
+    sources = Collected()
+    collected.set(sources)
     response: Response | None
     engine = state.engine_client
     with engine.admit(choices):
@@ -81,6 +85,8 @@ async def answer(handler: Callable[[Asked, Request], Awaitable[Response]], reque
         _log_failure(raw_request, f"HTTP {response.status_code}")
     if selection.mode == RAG:
         response = with_usage(response, retrieved, _field(request, "n") or 1)
+    if selection.sources:
+        response = with_sources(response, sources, _field(request, "n") or 1)
     response.headers.update(selection.headers())
     return response
 
@@ -200,5 +206,7 @@ def _apply(selection: Selection, request: Parsed) -> None:
     if selection.mode != NONE and _field(request, "use_beam_search"):
         raise RequestError("Beam search can't be used with a domain. Drop use_beam_search, or the domain.", "use_beam_search")
     open_ended = all(_field(request, name) is None for name in LENGTHS)
-    choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride, open_ended)
+    if selection.sources and "input" in type(request).model_fields:
+        raise RequestError(f"{SOURCES} is a field of completions and chats, not of responses. Leave it out.", SOURCES)
+    choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride, open_ended, sources=selection.sources)
     request.vllm_xargs = {**(request.vllm_xargs or {}), **choice.to_extra_args()}

@@ -67,6 +67,21 @@ class DatastoreEntry(BaseModel):
     revision: str
 
 
+class NgramEntry(BaseModel):
+    """What the mode `ngram` looks contexts up in."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    order: int = Field(description="Longest n-gram, in tokens.")
+    tokens: int
+    lam: float = Field(alias="lambda")
+    lambda_tuned: bool
+    sources: bool = Field(description="Whether `memory_sources` may be asked for.")
+    size_bytes: int
+    revision: str
+    perplexity: dict[str, float] | None
+
+
 class DomainEntry(BaseModel):
     """One domain."""
 
@@ -83,6 +98,7 @@ class DomainEntry(BaseModel):
     tokenizer_hash: str
     perplexity: JsonObject | None
     datastore: DatastoreEntry | None
+    ngram: NgramEntry | None
 
 
 class DomainEntries(BaseModel):

@@ -28,13 +28,14 @@ from memdec.server.engine.liveness import Liveness, engines_with_work
 from memdec.server.engine.loaded_domains import LoadedDomains
 from memdec.server.engine.sandbox import Sandbox
 from memdec.server.engine.shadows import Shadows
+from memdec.server.engine.sources import OpenMemories, collected, with_sources
 from memdec.server.engine.tool_calls import bounded
 from memdec.server.errors import RequestError, ShuttingDown
 from memdec.server.in_place import become, overwrite, require
-from memdec.server.metrics import NO_LABEL, Timings
+from memdec.server.metrics import DRAFTED, NO_LABEL, Timings
 from memdec.server.model.timing import PARTS
 from memdec.server.retrieval.rag import PassageFinder, added
-from memdec.server.routing.domains import DECODER, KNN, NONE, RAG
+from memdec.server.routing.domains import DECODER, RAG
 from memdec.server.worker.shares import BACKGROUND
 
 CANNOT_BE_FOLLOWED = "The schema, grammar, choice or regular expression of this request can't be followed."
@@ -124,17 +125,17 @@ class MemoryEngine(AsyncLLM):
         """Add to an AsyncLLM what MemoryEngine needs: grammars, admission, liveness, and metrics of its domains."""
         require(self, "output_handler")  # shutdown, which also ends what was half made, must do without
         spec = CompositeSpec.of(self.vllm_config.model_config.hf_config)
-        decoders, datastores = (spec.decoders, spec.datastores) if spec is not None else ((), ())
         # Ours draft nothing for requests with min_p or logit_bias, which vLLM would refuse.
         overwrite(self.input_processor, "speculative_config", None)
         # vLLM would convert grammars in the event loop: the sandbox does, and add_request waits for it.
         overwrite(self.input_processor, "structured_outputs_config", None)
         self.grammars = Grammars(self.vllm_config, self.sandbox)
-        self.has_memories = bool(decoders)
+        self.has_memories = spec is not None
         self.admitting: Counter[int] = Counter()
         """Requests on their way into the engine, by slot."""
         self.finders: dict[str, PassageFinder] = {}
         """The passages of each domain that has some."""
+        self.open_memories = OpenMemories()
         bound, self.scheduler_config.max_num_queued_reqs = self.scheduler_config.max_num_queued_reqs, None
         self.admission = Admission(bound)
         self.liveness = Liveness(lambda: engines_with_work(self.engine_core, self.get_num_unfinished_requests()))
@@ -142,8 +143,7 @@ class MemoryEngine(AsyncLLM):
         tracing.install()
         # The output loop holds on to this object, so it can't be replaced by another.
         become(self.output_processor, TimedOutputProcessor)
-        retrieved = [(mode, entry.name) for entry in datastores for mode in (KNN, RAG)]
-        self.output_processor.timings = Timings([(mode, entry.name) for entry in decoders for mode in (DECODER, NONE)] + retrieved)
+        self.output_processor.timings = Timings(spec.labels if spec is not None else ())
 
     def generate(
         self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **rest: object
@@ -162,6 +162,8 @@ class MemoryEngine(AsyncLLM):
         if choice is None or choice.mode != RAG:
             if self.shadows is not None and choice is not None and choice.mode == DECODER and choice.mixed:
                 self.shadows.offer(prompt, sampling_params, choice.domain)
+            if choice is not None and choice.sources:
+                return self._with_sources(choice, prompt, sampling_params, request_id, **rest)
             return super().generate(prompt, sampling_params, request_id, **rest)
         finder, context, count = self.finders[choice.domain], self.model_config.max_model_len, added.get().of_next_prompt()
         if choice.stride:
@@ -169,11 +171,20 @@ class MemoryEngine(AsyncLLM):
             return rag.retrieve_every(choice.stride, super().generate, finder, context, count, prompt, sampling_params, request_id, **rest)
         return rag.retrieve_once(super().generate, finder, context, count, prompt, sampling_params, request_id, **rest)
 
+    def _with_sources(self, choice: MemoryChoice, prompt: Any, params: Any, request_id: str, **rest: Any) -> Any:
+        """Outputs of one request, whose sources are collected for the HTTP request."""
+        domain = self.loaded.current.domains.get(choice.domain)
+        ngrams = domain.ngrams if domain is not None else None
+        opened, mode = self.open_memories.get(ngrams), self.model_config.logprobs_mode
+        return with_sources(super().generate, opened, collected.get().of_next_prompt(), mode, prompt, params, request_id, **rest)
+
     async def step_times(self) -> dict[str, tuple[float, int]]:
-        """Part of a step -> seconds and calls since the start; empty without memories."""
+        """Part of a step -> seconds and calls since the start; empty without memories. Brings the metrics of drafts up to date, too."""
         if not self.has_memories:
             return {}
         # The ranks of one replica take their steps together; replicas take their own.
+        drafts = [ranks[0] for ranks in await self.everywhere("draft_counts")] if self.vllm_config.speculative_config is not None else []
+        DRAFTED.totals = {name: (sum(d[name][0] for d in drafts), sum(d[name][1] for d in drafts)) for name in (drafts or [{}])[0]}
         replicas = [ranks[0] for ranks in await self.everywhere("step_times")]
         return {part: (sum(r[part][0] for r in replicas), sum(r[part][1] for r in replicas)) for part in PARTS}
 
@@ -215,7 +226,7 @@ class MemoryEngine(AsyncLLM):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
-        slot = current.slots[choice.domain] if choice is not None and choice.mode == DECODER and choice.mixed else 0
+        slot = current.slot_of(choice.mode, choice.domain) if choice is not None and choice.mixed else 0
         params = _with_engine_fields(params, slot)
         self.admitting[slot] += 1
         try:
@@ -270,7 +281,7 @@ class MemoryEngine(AsyncLLM):
 
 
 def _with_engine_fields(params: Any, slot: int) -> Any:
-    """A copy of the parameters with the decoder's slot, for the worker, and the client of the fair share, for the scheduler."""
+    """A copy of the parameters with the memory's slot, for the worker, and the client of the fair share, for the scheduler."""
     extra: dict[str, Any] = {}
     if slot:
         extra[SLOT] = slot
@@ -294,7 +305,7 @@ def _charge(prompt: EngineInput | EngineCoreRequest, params: SamplingParams | Po
 def cache_salt(choice: MemoryChoice | None, revisions: Mapping[str, str], client: str | None) -> str | None:
     """The salt of a request's first cache block; None, vLLM's default, for the base without a salt of the client's.
 
-    Only decoders have KV of their own: kNN-LM and RAG fill the base's blocks.
+    Only decoders have KV of their own: kNN-LM, RAG and n-grams fill the base's blocks.
     """
     if choice is None or not choice.mixed or choice.mode != DECODER:
         return f"base:{client}" if client else None

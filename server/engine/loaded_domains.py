@@ -6,12 +6,14 @@ together.
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
 from memdec.server import metrics
-from memdec.server.routing.domains import Domain, Domains
+from memdec.server.routing.domains import DECODER, NGRAM, Domain, Domains
+
+NO_SLOTS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -21,24 +23,39 @@ class Snapshot:
     domains: Domains
     slots: Mapping[str, int]
     """Domain -> slot of the decoder that new requests use, from 1 on."""
+    ngram_slots: Mapping[str, int] = field(default_factory=lambda: NO_SLOTS)
+    """Domain -> slot of the n-gram memory that new requests use, above all other slots."""
 
     @classmethod
-    def at_start(cls, domains: Domains) -> "Snapshot":
-        """The domains that a server starts with: slots are numbered in their order, as CompositeSpec.first_slots does for the workers."""
-        return cls(domains, MappingProxyType({name: slot for slot, name in enumerate(domains.names, 1)}))
+    def at_start(cls, domains: Domains, ngram_slots: Mapping[str, int] = NO_SLOTS) -> "Snapshot":
+        """The domains that a server starts with: decoders are numbered in their order, as CompositeSpec.first_slots does for the workers."""
+        decoders = (domain.name for domain in domains if domain.decoder)
+        return cls(domains, MappingProxyType({name: slot for slot, name in enumerate(decoders, 1)}), MappingProxyType({**ngram_slots}))
 
     @cached_property
     def revisions(self) -> Mapping[str, str]:
         """Domain -> revision of its decoder, which salts the prefix cache."""
         return MappingProxyType({domain.name: domain.revision for domain in self.domains})
 
+    def slot_of(self, mode: str, name: str) -> int:
+        """The slot that a new request gets; 0 in a mode whose memories have the same slot for ever, or none."""
+        return {DECODER: self.slots, NGRAM: self.ngram_slots}.get(mode, {}).get(name, 0)
+
     def having(self, domain: Domain, slot: int) -> "Snapshot":
-        """The same with a domain added or replaced."""
-        return Snapshot(self.domains.having(domain), MappingProxyType({**self.slots, domain.name: slot}))
+        """The same with a domain added or replaced, whose decoder has this slot."""
+        return Snapshot(self.domains.having(domain), MappingProxyType({**self.slots, domain.name: slot}), self.ngram_slots)
+
+    def having_ngrams(self, domain: Domain, slot: int) -> "Snapshot":
+        """The same with a domain added or replaced, whose n-gram memory has this slot."""
+        return Snapshot(self.domains.having(domain), self.slots, MappingProxyType({**self.ngram_slots, domain.name: slot}))
+
+    def having_memory(self, mode: str, domain: Domain, slot: int) -> "Snapshot":
+        """The same with a domain added or replaced, whose memory of this mode has this slot."""
+        return self.having_ngrams(domain, slot) if mode == NGRAM else self.having(domain, slot)
 
     def without(self, name: str) -> "Snapshot":
         """The same without the domain called `name`."""
-        return Snapshot(self.domains.without(name), MappingProxyType({n: slot for n, slot in self.slots.items() if n != name}))
+        return Snapshot(self.domains.without(name), _without(self.slots, name), _without(self.ngram_slots, name))
 
 
 Subscriber = Callable[[Snapshot, Snapshot], None]
@@ -48,8 +65,8 @@ Subscriber = Callable[[Snapshot, Snapshot], None]
 class LoadedDomains:
     """Holds the current snapshot, and keeps in step what mirrors it: the metric of loaded revisions, and vLLM's list of model names."""
 
-    def __init__(self, domains: Domains) -> None:
-        self.current = Snapshot.at_start(domains)
+    def __init__(self, domains: Domains, ngram_slots: Mapping[str, int] = NO_SLOTS) -> None:
+        self.current = Snapshot.at_start(domains, ngram_slots)
         self.subscribers: list[Subscriber] = [_label_revisions]
         _label_revisions(Snapshot.at_start(Domains(domains.base, ())), self.current)
 
@@ -65,6 +82,10 @@ class LoadedDomains:
                 with contextlib.suppress(Exception):  # what has just failed may fail again
                     subscriber(snapshot, before)
             raise
+
+
+def _without(slots: Mapping[str, int], name: str) -> Mapping[str, int]:
+    return MappingProxyType({n: slot for n, slot in slots.items() if n != name})
 
 
 def _label_revisions(before: Snapshot, after: Snapshot) -> None:

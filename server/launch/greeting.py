@@ -3,19 +3,13 @@
 from argparse import Namespace
 
 from memdec.server.logs import MEMDEC
-from memdec.server.routing.domains import Domains
+from memdec.server.routing.domains import Domain, Domains
 
 
 def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> str:
     """Where the server listens, what it serves, and a curl to paste."""
     url, option = address(args)
-    names = (
-        ", ".join(
-            f"{d.name} (lambda {d.lam:g}{'' if d.tuned else ', not tuned beside this base'}{'; knn, rag' if d.datastore else ''})"
-            for d in domains
-        )
-        or "none"
-    )
+    names = ", ".join(f"{d.name} (lambda {d.lam:g}{'' if d.tuned else ', not tuned beside this base'}{also(d)})" for d in domains) or "none"
     header = f" -H 'X-Domain: {domains.names[0]}'" if domains.names else ""
     return (
         f"\nmemdec is ready on {url} after {seconds:.0f} s\n"
@@ -25,6 +19,12 @@ def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> st
         f"  try:     curl {option}{url}/v1/completions -H 'Content-Type: application/json'{header} "
         f"""-d '{{"model": "{domains.base}", "prompt": "The results show that", "max_tokens": 40, "temperature": 0}}'\n"""
     )
+
+
+def also(domain: Domain) -> str:
+    """The modes that a domain has besides its default and none; of an n-gram memory alone, that it is one."""
+    more = ", ".join(domain.modes[1:-1])
+    return (f"; {more}" if more else "") if domain.decoder else "; ngram alone"
 
 
 def address(args: Namespace) -> tuple[str, str]:

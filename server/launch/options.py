@@ -30,6 +30,7 @@ class Options:
     decoder: tuple[str, ...] = flag((), "a domain's decoder: a package or a plain checkpoint", "NAME=PATH")
     decoder_dir: tuple[Path, ...] = flag((), "all decoder packages in a folder, each named like its own folder", "DIR")
     datastore: tuple[str, ...] = flag((), "a domain's retrieval baselines, made by memdec retrieval", "NAME=PATH")
+    ngram: tuple[str, ...] = flag((), "a domain's n-gram memory, made by memdec ngram; it needs no decoder", "NAME=PATH")
     skip_broken_datastores: bool = flag(False, "serve without a datastore that is damaged or another base's")
     baseline_sample_rate: float = flag(
         0.0,
@@ -103,25 +104,29 @@ def parse(argv: Sequence[str]) -> CommandLine:
     return CommandLine(flags.read(Options, parsed), flags.read(Limits, parsed), api_keys, tuple(rest), frozenset(given))
 
 
-def check(line: CommandLine, loaded: Sequence[str] = ()) -> Checked:
+def check(line: CommandLine, loaded: Sequence[str] = (), decoders_loaded: int = 0) -> Checked:
     """Refuse whatever can be refused without a model. Raises StartupError.
 
-    `loaded`: names of decoders that are there besides those of the command line.
+    `loaded`: names of domains that are there besides those of the command line, of which so many have decoders.
     """
     options = line.options
     line.limits.require_sound(bool(line.api_keys))
     decoders = (*options.decoder, *packages_in(options.decoder_dir))
     named = [parse_named("--decoder", text) for text in decoders]
-    for _, path in named:
+    ngrams = [parse_named("--ngram", text) for text in options.ngram]
+    for _, path in (*named, *ngrams):
         require_folder(path)
     for text in options.datastore:
         parse_named("--datastore", text)
-    names = [*loaded, *(name for name, _ in named)]
-    return Checked(decoders, line.limits.keys(line.api_keys, names), updates_of(options, len(names)))
+    names = list(dict.fromkeys([*loaded, *(name for name, _ in (*named, *ngrams))]))
+    return Checked(decoders, line.limits.keys(line.api_keys, names), updates_of(options, decoders_loaded + len(named), bool(names)))
 
 
-def updates_of(options: Options, loaded: int) -> UpdateOptions | None:
-    """How domains may change; None if they may not. Raises StartupError where options contradict each other."""
+def updates_of(options: Options, loaded: int, memories: bool) -> UpdateOptions | None:
+    """How domains may change; None if they may not. Raises StartupError where options contradict each other.
+
+    `loaded`: decoders at the start; `memories`: whether there is a memory of any kind.
+    """
     if not options.enable_domain_updates:
         for name in ("max_decoders", "domain_root", "admin_key", "domain_load_timeout"):
             if getattr(options, name) not in (None, ()):
@@ -130,15 +135,20 @@ def updates_of(options: Options, loaded: int) -> UpdateOptions | None:
     key = options.admin_key or os.environ.get(ADMIN_KEY)
     if not key:
         raise StartupError(f"--enable-domain-updates: wanted an admin key too, in {ADMIN_KEY} or --admin-key")
-    if not loaded:
-        raise StartupError("--enable-domain-updates: wanted at least one --decoder, whose architecture and shape the others share")
+    if not memories:
+        raise StartupError(
+            "--enable-domain-updates: wanted at least one --decoder, whose architecture and shape the others share, or one --ngram"
+        )
+    if not loaded and options.max_decoders is not None:
+        raise StartupError("--max-decoders: has no meaning without a --decoder, whose architecture and shape the others share")
     roots = options.domain_root or options.decoder_dir
     if not roots:
         raise StartupError("--enable-domain-updates: wanted at least one --domain-root, a folder that decoders may be loaded from")
     for root in roots:
         if not root.is_dir():
             raise StartupError(f"--domain-root {root}: no such folder")
-    slots = loaded + 1 if options.max_decoders is None else options.max_decoders
+    default = loaded + 1 if loaded else 0
+    slots = default if options.max_decoders is None else options.max_decoders
     if not loaded <= slots <= MAX_SLOT - loaded:
         raise StartupError(f"--max-decoders {slots}: wanted {loaded}, the number of decoders given, or more")
     return UpdateOptions(slots, tuple(root.resolve() for root in roots), key, options.domain_load_timeout or LOAD_SECONDS)

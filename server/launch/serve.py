@@ -43,9 +43,9 @@ def serve(argv: list[str]) -> int:
 
 
 def settle(line: CommandLine, checked: Checked, args: Namespace) -> "Settings":
-    """Read and check all models and datastores, and freeze what was asked for. Raises StartupError."""
+    """Read and check all models and memories, and freeze what was asked for. Raises StartupError."""
     from memdec.server.api.settings import Settings
-    from memdec.server.checked_models import check_models, with_datastores
+    from memdec.server.checked_models import check_models, with_datastores, with_ngrams
 
     names = args.served_model_name or []
     if len(names) > 1:
@@ -53,6 +53,7 @@ def settle(line: CommandLine, checked: Checked, args: Namespace) -> "Settings":
     hub = {"revision": args.revision, "token": args.hf_token, "cache_dir": args.download_dir}
     models = check_models(args.model, checked.decoders, names[0] if names else None, hub)
     models = with_datastores(models, line.options.datastore, line.options.skip_broken_datastores)
+    models = with_ngrams(models, line.options.ngram)
     if checked.updates is not None:
         models = replace(models, slots=checked.updates.slots)
     return Settings(models, line.limits, checked.keys, checked.updates, line.options.baseline_sample_rate)

@@ -212,7 +212,7 @@ def require_supported(models: Models) -> None:
     }
     known = set(ModelRegistry.get_supported_archs())
     wanted = {models.architecture: str(models.base)}
-    for domain in models.domains:
+    for domain in (d for d in models.domains if d.decoder):
         wanted[read_json(Path(domain.path) / "config.json")["architectures"][0]] = f"decoder {domain.name}"
     for architecture, owner in wanted.items():
         if architecture not in known:

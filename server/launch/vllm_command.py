@@ -18,7 +18,7 @@ from memdec.server.routing.domains import Domain, Domains
 
 # What the composite's configuration or vLLM's own options say already, or nobody should read, and its default.
 NOT_CARRIED: dict[str, Any] = {
-    "decoder": (), "decoder_dir": (), "datastore": (), "skip_broken_datastores": False, "speculate": None, "print_vllm": False, "admin_key": None,
+    "decoder": (), "decoder_dir": (), "datastore": (), "ngram": (), "skip_broken_datastores": False, "speculate": None, "print_vllm": False, "admin_key": None,
 }  # fmt: skip
 PLUGINS = "VLLM_PLUGINS=memdec,memdec_routes VLLM_USE_V2_MODEL_RUNNER=0"
 
@@ -26,7 +26,7 @@ PLUGINS = "VLLM_PLUGINS=memdec,memdec_routes VLLM_USE_V2_MODEL_RUNNER=0"
 def vllm_command(args: Namespace, line: CommandLine, settings: Settings) -> str:
     """The command line; secrets are in it only where vLLM's own option holds them. Raises StartupError for what it can't carry."""
     if not settings.models.domains.all:
-        raise StartupError("--print-vllm: wanted at least one --decoder; without any, vLLM's own server is the same")
+        raise StartupError("--print-vllm: wanted at least one --decoder or --ngram; without any, vLLM's own server is the same")
     if line.options.admin_key:
         raise StartupError(f"--print-vllm: --admin-key would be there for all to read; put it into {ADMIN_KEY} where the command runs")
     require_one_process(settings, args.api_server_count or 1)
@@ -64,7 +64,7 @@ def _filled(args: Namespace, settings: Settings) -> dict[str, object]:
 
 def carried(spec: CompositeSpec, line: CommandLine, settings: Settings) -> CompositeSpec:
     """The composite's spec with our options in it: they can't be lost on the way without losing the decoders too."""
-    slots, roots = (settings.updates.slots, settings.updates.roots) if settings.updates is not None else (None, ())
+    slots, roots = (settings.updates.slots or None, settings.updates.roots) if settings.updates is not None else (None, ())
     ours = replace(line.options, max_decoders=slots, domain_root=roots, **NOT_CARRIED)
     domains = settings.models.domains
     options = (*flags.words(ours), *flags.words(line.limits))
@@ -79,7 +79,7 @@ def settings_of(args: Namespace) -> Settings:
     domains = Domains(spec.served.base, tuple(Domain.of(entry) for entry in spec.served.domains))
     words = [*spec.served.options, *(["--api-key", *args.api_key] if args.api_key else [])]
     line = parse(words)
-    checked = check(line, domains.names)
+    checked = check(line, domains.names, len(spec.decoders))
     models = Models(
         Path(args.model),
         spec.base_architecture,

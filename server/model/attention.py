@@ -21,6 +21,7 @@ def share_attention(towers: list[nn.Module], registered: dict[str, Any]) -> None
             setattr(tower.get_submodule(parent), child, layer)
 
 
-def attention_names(tower: nn.Module) -> list[str]:
-    """Names by which a tower's attention layers are known to vLLM."""
-    return [layer.layer_name for layer in tower.modules() if isinstance(layer, AttentionLayerBase)]  # type: ignore[attr-defined]
+def attention_names(towers: nn.ModuleList) -> list[str]:
+    """Names by which the towers' attention layers, which are the first one's, are known to vLLM; none without decoders."""
+    layers = towers[0].modules() if len(towers) else ()
+    return [layer.layer_name for layer in layers if isinstance(layer, AttentionLayerBase)]

@@ -3,7 +3,8 @@
 Started on the base's own folder with the `hf_overrides` of a CompositeSpec (memdec.server.composite_spec).
 
 Slots 1 to D are decoders, D + 1 to D + S datastores: kNN-LM needs no tower, its keys are the base's own hidden states. D is the
-spec's capacity; slots without a decoder are empty until one is loaded into them (see memdec.server.model.slots).
+spec's capacity, which may be 0; slots without a decoder are empty until one is loaded into them (see memdec.server.model.slots).
+Slots above are n-gram memories, which need the text before a row and nothing else.
 
 Steps that are full CUDA graphs run all decoders as one (see memdec.server.model.stacked); with `stacked` in the spec every step does, for tests.
 """
@@ -30,12 +31,14 @@ from memdec.server.composite_spec import spec_of
 from memdec.server.in_place import overwrite
 from memdec.server.model.attention import share_attention
 from memdec.server.model.mixing import mix
+from memdec.server.model.ngrams import NgramMemories
 from memdec.server.model.packing import pack, unpack
 from memdec.server.model.replicated import replicated
 from memdec.server.model.routing import Group, StepRouting, positions_by_slot
 from memdec.server.model.stacked import StackedTower
 from memdec.server.model.timing import StepTimes
 from memdec.server.retrieval.knn import KnnMemory, log_probabilities
+from memdec.server.routing.domains import NGRAM
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM sets up its own loggers alone
 
@@ -52,15 +55,8 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.width = vllm_config.model_config.get_hidden_size()
         self.paths = [Path(entry.path) for entry in spec.decoders]
         self.base = init_vllm_registered_model(vllm_config, prefix=maybe_prefix(prefix, "base"), architectures=[spec.base_architecture])
-        memory_config = AutoConfig.from_pretrained(self.paths[0], trust_remote_code=trusted())
-        tower_config = self._tower_config(vllm_config, memory_config)
-        text_config = memory_config.get_text_config()
-        self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
-        self.memory_config, self.prefix, self.built = memory_config, prefix, 0
-        towers = [self._tower(tower_config) for _ in self.paths]
-        self.later = uncompiled(tower_config)
-        """Configuration of the decoders that are loaded at run time, uncompiled: compiling one would delay all requests."""
-        share_attention(towers, vllm_config.compilation_config.static_forward_context)
+        self.prefix, self.built, self.memory_width, self.memory_ids = prefix, 0, 0, 0
+        towers = self._towers(vllm_config) if self.paths else []
         self.towers = nn.ModuleList([*towers, *[None] * (spec.capacity - len(towers))])  # type: ignore[list-item]
         self.always_stacked = spec.stacked
         self.stacked = self._stacked(vllm_config)
@@ -68,7 +64,20 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.graphs: dict[str, Callable[..., Any]] = {}
         """The CUDA graphs of "base" and "stacked", which are called instead of them (see `wrap`)."""
         self.stores = [KnnMemory(RetrievalPackage.read(Path(entry.path))) for entry in spec.datastores]
+        self.ngrams = NgramMemories({spec.first_slots[NGRAM, entry.name]: entry.path for entry in spec.ngrams})
         self.times = StepTimes()
+
+    def _towers(self, vllm_config: VllmConfig) -> list[nn.Module]:
+        """The decoders of the start without their weights, with the first one's attention layers."""
+        self.memory_config = AutoConfig.from_pretrained(self.paths[0], trust_remote_code=trusted())
+        text_config = self.memory_config.get_text_config()
+        self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
+        tower_config = self._tower_config(vllm_config, self.memory_config)
+        self.later = uncompiled(tower_config)
+        """Configuration of the decoders that are loaded at run time, uncompiled: compiling one would delay all requests."""
+        towers = [self._tower(tower_config) for _ in self.paths]
+        share_attention(towers, vllm_config.compilation_config.static_forward_context)
+        return towers
 
     def _tower(self, config: VllmConfig) -> nn.Module:
         """Build a decoder's model without its weights. Its attention layers are not shared yet.
@@ -90,7 +99,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         config = vllm_config.compilation_config
         mode = config.cudagraph_mode or CUDAGraphMode.NONE
         graphs = not current_platform.is_cpu() and mode.has_full_cudagraphs()
-        if not graphs and not self.always_stacked:
+        if not len(self.towers) or not (graphs or self.always_stacked):
             return None
         most = vllm_config.scheduler_config.max_num_batched_tokens
         stacked = StackedTower(self.later_tower, self.towers[0], len(self.towers), most, self.memory_ids, config.static_forward_context)
@@ -114,8 +123,17 @@ class MemoryDecoderForCausalLM(nn.Module):
             return
         self.towers[slot - 1] = tower  # type: ignore[assignment]
 
+    def release(self, slot: int) -> None:
+        """Unload what a slot holds."""
+        if slot <= len(self.towers):
+            self.replace_tower(slot, None)
+        else:
+            self.ngrams.unload(slot)
+
     def reserved_bytes(self) -> int:
         """Bytes that decoders in the empty slots would take. A stack has allocated their weights; there one tower is built before it is copied in."""
+        if not len(self.towers):
+            return 0
         size = sum(weight.nbytes for weight in self.towers[0].parameters())
         empty = sum(tower is None for tower in self.towers)
         return size * (min(empty, 1) if self.stacked is not None else empty)
@@ -173,7 +191,7 @@ class MemoryDecoderForCausalLM(nn.Module):
                     memory = self._memory(input_ids, positions, hidden, decoded, attention or {})
                     if known is not None:
                         memory.index_copy_(0, routing.known, known)
-        else:  # datastores need no tower
+        else:  # datastores and n-grams need no tower
             memory = hidden.new_zeros(len(hidden), self.memory_width)
         return pack(hidden, memory, routing.tail)
 
@@ -208,8 +226,8 @@ class MemoryDecoderForCausalLM(nn.Module):
             logits: Tensor | None = self.base.compute_logits(hidden)
         if logits is None or not packed:  # None: not the rank that gathers
             return logits
-        _, memory, slots, lams = unpack(rows, self.width, len(self.towers) + len(self.stores))
-        if self.stacked is not None and not self.stores:  # needs no synchronisation with the device
+        _, memory, slots, lams = unpack(rows, self.width, max(self.ngrams.loaded, default=len(self.towers) + len(self.stores)))
+        if self.stacked is not None and not self.stores and not self.ngrams.loaded:  # needs no synchronisation with the device
             with self.times.part("memory", rows.device):
                 own = self.stacked.logits(memory, slots)
             with self.times.part("mixing", rows.device):
@@ -217,15 +235,18 @@ class MemoryDecoderForCausalLM(nn.Module):
         groups = positions_by_slot(torch.where(lams > 0, slots, 0).cpu(), rows.device)
         if not groups:
             return logits
+        parts = (logits, hidden, memory, lams, rows)
         if len(groups) == 1 and len(groups[0][1]) == len(rows):  # no rows to select and scatter
-            return self._mixed(groups[0][0], logits, hidden, memory, lams)
+            return self._mixed(groups[0][0], *parts)
         mixed = logits.float()
         for slot, index in groups:
-            mixed[index] = self._mixed(slot, logits[index], hidden[index], memory[index], lams[index])
+            mixed[index] = self._mixed(slot, *(part[index] for part in parts))
         return mixed
 
-    def _mixed(self, slot: int, logits: Tensor, hidden: Tensor, memory: Tensor, lams: Tensor) -> Tensor:
+    def _mixed(self, slot: int, logits: Tensor, hidden: Tensor, memory: Tensor, lams: Tensor, rows: Tensor) -> Tensor:
         """Mixed logits [n, V] float32 of the rows of one slot."""
+        if slot > len(self.towers) + len(self.stores):
+            return self.ngrams.mixed(slot, logits, lams, rows, self.times)
         own = self._memory_logits(slot, hidden, memory, logits.shape[-1])
         with self.times.part("mixing", hidden.device):
             return mix(logits, own, lams)

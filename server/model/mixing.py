@@ -1,4 +1,4 @@
-"""p = lambda * p_mem + (1 - lambda) * p_base, on logits (Memory Decoder, arXiv 2508.09874, eq. 7)."""
+"""p = lambda * p_mem + (1 - lambda) * p_base, on logits (Memory Decoder, arXiv 2508.09874, eq. 7): p_mem dense, or a sparse part and the base."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,19 @@ def mix(base_logits: Tensor, memory_logits: Tensor, lam: Tensor) -> Tensor:
     mixed.add_(torch.log1p(-lam)[:, None])  # lambda 1 gives log 0 = -inf, which logaddexp takes
     torch.logaddexp(mixed[:, :shared], memory, out=mixed[:, :shared])
     return mixed.add_(norm)
+
+
+def mix_sparse(base_logits: Tensor, rows: Tensor, tokens: Tensor, probabilities: Tensor, base_mass: Tensor, lam: Tensor) -> Tensor:
+    """Logits whose softmax is (1 - lambda) * p_base + lambda * (s + r * p_base), float32 [n, V]; a row with r = 1 is the base's, bit for bit.
+
+    base_logits [n, V]. The sparse parts s of all rows, one entry after the other: rows [m] int64, tokens [m] int64 below V, probabilities
+    [m] float32, no token twice in a row. base_mass [n] float32 is r, lam [n] float32 in (0, 1]. The base's logsumexp stays, as in `mix`.
+    """
+    mixed = base_logits.float()
+    mixed = mixed.clone() if mixed is base_logits else mixed
+    norm = mixed.logsumexp(-1)
+    kept = torch.log1p(-lam * (1 - base_mass))  # 0 where r is 1
+    mixed.add_(kept[:, None])
+    added = probabilities.log() + (lam.log() + norm)[rows]
+    mixed[rows, tokens] = torch.logaddexp(mixed[rows, tokens], added)
+    return mixed

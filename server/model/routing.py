@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memdec.server.model.packing import tail
 
-NO_DOMAIN = 0  # the slot of requests that use the base alone; decoders have slots 1 to D, datastores D + 1 to D + S
+NO_DOMAIN = 0  # the slot of requests that use the base alone; decoders have slots 1 to D, datastores D + 1 to D + S, n-grams those above
 
 NONE_KNOWN = torch.zeros(0, 0)
 """Hidden states of no tokens."""
@@ -96,8 +96,12 @@ class StepRouting:
 
     @property
     def uses_memory(self) -> bool:
-        """Whether any token of the step has a decoder or a datastore."""
+        """Whether any token of the step has a memory."""
         return bool(self.groups)
+
+    def has_slot_from(self, first: int) -> bool:
+        """Whether any token has this slot, or a higher one."""
+        return bool(self.groups) and self.groups[-1].slot >= first
 
     @property
     def tail(self) -> Tensor:

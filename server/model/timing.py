@@ -1,4 +1,4 @@
-"""Where a step's time goes: base, memory, search, mixing, drafting (whose own logits count as drafting)."""
+"""Where a step's time goes: base, memory, search, look-ups of n-grams, mixing, drafting (whose own logits count as drafting)."""
 
 import time
 from collections import deque
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-PARTS = ("base", "memory", "search", "mixing", "drafting")
+PARTS = ("base", "memory", "search", "ngram", "mixing", "drafting")
 
 
 class StepTimes:

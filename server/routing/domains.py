@@ -6,8 +6,10 @@ from typing import Any
 
 from memdec.server.errors import DomainNotAllowed, UnknownDomain
 
-DECODER, KNN, RAG, NONE = "decoder", "knn", "rag", "none"
-MODES = (DECODER, KNN, RAG, NONE)
+DECODER, KNN, RAG, NGRAM, NONE = "decoder", "knn", "rag", "ngram", "none"
+MODES = (DECODER, KNN, RAG, NGRAM, NONE)
+MIXED = (DECODER, KNN, NGRAM)
+"""Modes whose distribution is mixed into the base's, with lambda, in the engine's step."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,48 @@ class Datastore:
 
 
 @dataclass(frozen=True)
+class Ngrams:
+    """A domain's n-gram memory."""
+
+    path: str
+    lam: float
+    """Lambda of requests in mode `ngram` that name none."""
+    order: int
+    """Longest n-gram, in tokens: one more than the longest context that is looked up."""
+    tokens: int
+    """Tokens of its text."""
+    size: int
+    """Bytes of its files."""
+    revision: str
+    tuned: bool
+    """Whether `lam` was tuned beside this base."""
+    sources: bool
+    """Whether answers may name the documents that a token was seen in."""
+    perplexity: dict[str, float]
+    """Measured perplexities; empty if never measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The `ngram` object of an entry of /v1/domains."""
+        return {
+            "order": self.order,
+            "tokens": self.tokens,
+            "lambda": self.lam,
+            "lambda_tuned": self.tuned,
+            "sources": self.sources,
+            "size_bytes": self.size,
+            "revision": self.revision,
+            "perplexity": self.perplexity or None,
+        }
+
+
+@dataclass(frozen=True)
 class Domain:
-    """One loaded decoder, and its datastore if it has one."""
+    """One loaded decoder with its datastore and n-gram memory, if it has any; or an n-gram memory alone, which then is what the fields say."""
 
     name: str
     path: str
     lam: float
-    """Lambda of requests that name none."""
+    """Lambda of requests that name neither lambda nor mode."""
     tuned: bool
     """Whether `lam` was tuned beside this base."""
     revision: str
@@ -45,17 +82,34 @@ class Domain:
     perplexity: dict[str, Any]
     """Measured test perplexities beside this base; empty if never measured."""
     datastore: Datastore | None = None
+    ngrams: Ngrams | None = None
+    decoder: bool = True
+    """Whether it has one."""
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Domain":
         """From what `dataclasses.asdict` made of one."""
-        store = entry["datastore"]
-        return cls(**{**entry, "datastore": Datastore(**store) if store is not None else None})
+        store, ngrams = entry["datastore"], entry["ngrams"]
+        parts = {"datastore": Datastore(**store) if store is not None else None, "ngrams": Ngrams(**ngrams) if ngrams is not None else None}
+        return cls(**{**entry, **parts})
+
+    @classmethod
+    def of_ngrams(cls, name: str, ngrams: Ngrams, tokenizer: str) -> "Domain":
+        """A domain without a decoder."""
+        n = ngrams
+        return cls(name, n.path, n.lam, n.tuned, n.revision, n.size, tokenizer, dict(n.perplexity), ngrams=n, decoder=False)
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Modes that requests may name."""
-        return MODES if self.datastore is not None else (DECODER, NONE)
+        """Modes that requests may name; the first is what a request gets that names none."""
+        retrieved = (KNN, RAG) if self.datastore is not None else ()
+        return (*((DECODER,) if self.decoder else ()), *retrieved, *((NGRAM,) if self.ngrams is not None else ()), NONE)
+
+    def lambda_of(self, mode: str) -> float:
+        """Lambda of requests in a mode that name none."""
+        if mode == KNN and self.datastore is not None:
+            return self.datastore.lam
+        return self.ngrams.lam if mode == NGRAM and self.ngrams is not None else self.lam
 
     def to_json(self) -> dict[str, Any]:
         """One entry of /v1/domains."""
@@ -71,6 +125,7 @@ class Domain:
             "tokenizer_hash": self.tokenizer,
             "perplexity": self.perplexity or None,
             "datastore": self.datastore.to_json() if self.datastore is not None else None,
+            "ngram": self.ngrams.to_json() if self.ngrams is not None else None,
         }
 
 

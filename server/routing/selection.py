@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memdec.server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, RequestError
-from memdec.server.routing.domains import DECODER, KNN, MODES, NONE, RAG, Domain, Domains
+from memdec.server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, NoSuchMemory, RequestError
+from memdec.server.routing.domains import DECODER, KNN, MIXED, MODES, NGRAM, NONE, RAG, Domain, Domains
 
 FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
-STRIDE = "rag_stride"  # a body field
+STRIDE, SOURCES = "rag_stride", "memory_sources"  # body fields
+MISSING = {DECODER: "decoder", KNN: "datastore", RAG: "datastore", NGRAM: "n-gram memory"}  # what a mode needs
 LONGEST_STRIDE = 1_000_000  # tokens; more than any context, so the same as once
 
 
@@ -22,11 +23,13 @@ class Selection:
     lam: float
     stride: int = 0
     """With `rag`: tokens between retrievals; 0: once."""
+    sources: bool = False
+    """With `ngram`: whether the answer names the documents that its tokens were seen in."""
 
     @property
     def mixed(self) -> bool:
         """Whether a distribution is mixed into the base's, with lambda."""
-        return self.mode in (DECODER, KNN)
+        return self.mode in MIXED
 
     def headers(self) -> dict[str, str]:
         """Response headers that say what was used."""
@@ -57,6 +60,7 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
     mode = _mode(domain, given["memory"])
     lam = _lambda(given["lambda"])
     stride = _stride(body.get(STRIDE), domain, mode)
+    sources = _sources(body.get(SOURCES), domain, mode, lam)
     if domain is None:
         if lam is not None:
             raise RequestError(f"lambda was given without a domain. Add one of: {', '.join(domains.names)}.", "lambda")
@@ -65,9 +69,10 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
         if lam is not None:
             raise RequestError(f"lambda has no meaning with memory {mode!r}, which mixes nothing. Leave it out.", "lambda")
         return Selection(domain, mode, 0.0, stride)
-    default = domain.datastore.lam if mode == KNN and domain.datastore is not None else domain.lam
-    used = default if lam is None else lam
-    return Selection(domain, mode if used else NONE, used)  # lambda 0 is the base alone, so the response headers say mode none
+    used = domain.lambda_of(mode) if lam is None else lam
+    return Selection(
+        domain, mode if used else NONE, used, sources=sources
+    )  # lambda 0 is the base alone, so the response headers say mode none
 
 
 def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> list[Given]:
@@ -89,14 +94,16 @@ def _domain(domains: Domains, given: list[Given]) -> Domain | None:
 def _mode(domain: Domain | None, given: list[Given]) -> str:
     _require_agreement("memory", given)
     if not given:
-        return DECODER
+        return domain.modes[0] if domain is not None else NONE
     mode = given[0].value
     if not isinstance(mode, str) or mode not in MODES:
         raise BadMode(f"memory is {_shown(mode)}. It must be one of: {', '.join(MODES)}.")
     if domain is None and mode != NONE:
         raise BadMode(f"memory {mode!r} needs a domain, and none was chosen.")
     if domain is not None and mode not in domain.modes:
-        raise NoDatastore(f"memory {mode!r}: no datastore is loaded for domain {domain.name!r}. Use decoder or none.")
+        usable = f"{', '.join(domain.modes[:-1])} or {domain.modes[-1]}"
+        kind = NoDatastore if mode in (KNN, RAG) else NoSuchMemory
+        raise kind(f"memory {mode!r}: no {MISSING[mode]} is loaded for domain {domain.name!r}. Use {usable}.")
     return mode
 
 
@@ -110,6 +117,22 @@ def _stride(value: Any, domain: Domain | None, mode: str) -> int:
     if mode != RAG:
         raise RequestError(f"{STRIDE} needs memory 'rag', and this request's memory is {mode!r}.", STRIDE)
     return value
+
+
+def _sources(value: Any, domain: Domain | None, mode: str, lam: float | None) -> bool:
+    if value is None or value is False:
+        return False
+    if value is not True:
+        raise RequestError(f"{SOURCES} is {_shown(value)}. It must be true or false.", SOURCES)
+    if domain is None:
+        raise RequestError(f"{SOURCES} needs memory 'ngram' and a domain, and none was chosen.", SOURCES)
+    if mode != NGRAM or domain.ngrams is None:
+        raise RequestError(f"{SOURCES} needs memory 'ngram', and this request's memory is {mode!r}.", SOURCES)
+    if lam == 0:
+        raise RequestError(f"{SOURCES} has no meaning with lambda 0, which mixes nothing. Leave one of them out.", SOURCES)
+    if not domain.ngrams.sources:
+        raise RequestError(f"{SOURCES}: the n-gram memory of domain {domain.name!r} was built without --with-sources.", SOURCES)
+    return True
 
 
 def _lambda(given: list[Given]) -> float | None:

@@ -5,9 +5,9 @@ from difflib import SequenceMatcher
 from itertools import islice
 
 from memdec.server.errors import RequestError
-from memdec.server.routing.selection import FIELDS, STRIDE
+from memdec.server.routing.selection import FIELDS, SOURCES, STRIDE
 
-NAMES = (*FIELDS, STRIDE)
+NAMES = (*FIELDS, STRIDE, SOURCES)
 SHORT = {"lam": "lambda", "λ": "lambda"}  # skips names that share too few letters
 ALIKE = 0.75  # difflib's ratio: one for the same letters
 LOOKED_AT = 64  # unknown names in a request; comparing one takes up to some 100 µs

@@ -34,7 +34,7 @@ SEAMS = (
     Seam("vllm.compilation.cuda_graph:CUDAGraphOptions", Kind.READ, ("worker/v1.py",), "the same", STARTS, "as above", accepts=("weak_ref_output",)),
     # Methods that the front end calls by name.
     Seam("vllm.v1.worker.worker_base:WorkerBase", Kind.NAME, ("worker/slots.py", "worker/v1.py", "engine/domain_updates.py"), "collective_rpc finds our workers' methods by name: they must not be vLLM's", "silently: vLLM's own method would be called", "never",
-         without=("def stage_decoder", "def load_staged", "def install_staged", "def discard_staged", "def free_slot", "def step_times")),
+         without=("def stage_decoder", "def stage_ngrams", "def load_staged", "def install_staged", "def discard_staged", "def free_slot", "def step_times", "def draft_counts")),
     Seam("vllm:ModelRegistry", Kind.NAME, ("worker/plugin.py",), "the composite is registered by a name, and imported in the worker alone", STARTS, "never", has=("register_model",)),
     # V2: nothing is patched.
     Seam("vllm.v1.worker.gpu.model_states:resolve_model_state_cls", Kind.NAME, ("worker/registered.py",), "asks the model for its ModelState by get_model_state_cls. With it the V2 runner needs no subclass and no patch: routing and attention contexts come from prepare_attn and prepare_inputs",
@@ -53,6 +53,15 @@ SEAMS = (
     Seam(f"{STATE}.prepare_dummy_inputs", Kind.OVERRIDE, ("worker/v2.py",), "the keywords with which the step is captured", "silently: graphs without memories", V2_USE, parameters=("self", "num_reqs", "num_tokens"), complete=True),
     Seam("vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.capture", Kind.READ, ("worker/v2.py",), "captures with dummy inputs", "silently: graphs without memories", V2_USE, source=("**model_state.prepare_dummy_inputs(num_reqs, num_tokens)",)),
     Seam("vllm.v1.worker.gpu.input_batch:InputBatch", Kind.READ, ("worker/v2.py",), "the step's requests and their places", USED, V2_USE, accepts=("req_ids", "query_start_loc_np", "seq_lens", "seq_lens_cpu_upper_bound", "num_tokens_after_padding")),
+    # The text of a step, for n-gram memories.
+    Seam("vllm.v1.worker.gpu_input_batch:InputBatch.__init__", Kind.WRITE, ("worker/text.py",), "token_ids_cpu: the text of each request, and what stands in it of a step that is scheduled ahead; num_computed_tokens_cpu: where the step's tokens begin in it",
+         "silently: other contexts; the parity tests see it", "the runner keeps its table complete, or tells a model what text a row has", source=("self.token_ids_cpu =", "self.num_computed_tokens_cpu =")),
+    Seam(f"{V1}._prepare_input_ids", Kind.READ, ("worker/text.py",), "input_ids: the step's tokens, which the device alone knows where steps are scheduled ahead", "silently: other contexts; the parity tests see it", ONE_RUNNER,
+         source=("self.input_ids.gpu", "self.input_batch.prev_sampled_token_ids")),
+    Seam(f"{V1}._bookkeeping_sync", Kind.READ, ("worker/text.py",), "use_async_scheduling: leaves -1 in the table for each sampled token", "silently: the device is waited for in vain", ONE_RUNNER, source=("sampled_ids = [-1]", "self.use_async_scheduling")),
+    Seam("vllm.v1.worker.gpu.states:RequestState.__init__", Kind.READ, ("worker/text.py",), "all_token_ids: the same of the V2 runner, which its kernels write", USED, V2_USE, source=("self.all_token_ids = StagedWriteTensor(",)),
+    Seam("vllm.v1.worker.gpu.input_batch:InputBatch", Kind.READ, ("worker/text.py",), "where each request's text is, and where the step's tokens begin in it", USED, V2_USE,
+         accepts=("idx_mapping_np", "query_start_loc_np", "num_computed_tokens_np", "num_reqs")),
     # Attention of a part of a step.
     Seam("vllm.v1.worker.block_table:BlockTable.get_device_tensor", Kind.READ, CONTEXTS, "the blocks of a step's requests", USED, METADATA, parameters=("self", "num_reqs"), complete=True),
     Seam("vllm.v1.worker.block_table:BlockTable", Kind.READ, CONTEXTS, "the same on the CPU", USED, METADATA, has=("get_cpu_tensor",), source=("self.block_size =",)),

@@ -108,15 +108,15 @@ class DraftLengths:
         """Forget all but these."""
         self.requests = {name: seen for name, seen in self.requests.items() if name in requests}
 
-    def choose(self, requests: Sequence[str], others: int) -> list[int]:
-        """Tokens to draft for each of these requests, which have begun, in a step that has `others` tokens besides.
+    def choose(self, requests: Sequence[str], others: int, free: bool = False) -> list[int]:
+        """Tokens to draft for each of these requests, which have begun, in a step that has `others` tokens besides; `free`: drafting takes no time.
 
         The number k that brings the most tokens a second: (1 - a^(k+1)) / (1 - a) expected tokens of each (arXiv 2211.17192, eq. 1) over
         the time of the step and of k drafts, which all share. Who is accepted less than others stops where a token is not worth its
         place in the step.
         """
         rates = [self.requests[name].rate for name in requests]
-        draft = self.draft or self.share * self.step.of(others + len(rates))
+        draft = 0.0 if free else self.draft or self.share * self.step.of(others + len(rates))
         best, fastest, expected, chances = 0, 0.0, 0.0, [1.0] * len(rates)
         for k in range(self.most + 1):
             expected += sum(chances)

@@ -1,8 +1,8 @@
-"""Self-speculation: the memory that a request mixes in also drafts its next tokens, from the same weights and the same KV cache.
+"""Self-speculation: the memory that a request mixes in also drafts its next tokens: a decoder from the same weights and the same KV cache.
 
 With a draft sampled from p_mem a token is accepted with probability 1 - (1 - lambda) * TV(p_mem, p_base), which is at least lambda
-(Leviathan et al., arXiv 2211.17192, for the mixture as target). vLLM verifies: greedy answers stay what they are, sampled ones keep
-their distribution.
+(Leviathan et al., arXiv 2211.17192, for the mixture as target). An n-gram memory drafts how the longest match goes on, which takes
+microseconds. vLLM verifies: greedy answers stay what they are, sampled ones keep their distribution.
 """
 
 import time
@@ -20,8 +20,11 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from memdec.server.in_place import overwrite
 from memdec.server.model.routing import NONE_KNOWN
+from memdec.server.routing.domains import DECODER, NGRAM
 from memdec.server.worker.draft_length import DraftLengths
 from memdec.server.worker.fair import FairScheduler
+
+LOOKED_AT = 256  # tokens that a match is looked for in; far more than the longest match has
 
 
 class DraftingScheduler(FairScheduler):
@@ -62,13 +65,18 @@ class MemoryDrafter:
         self.vocabulary: int = vllm_config.model_config.get_vocab_size()
         self.seen: dict[str, Seen] = {}
         """By request; of the last step alone, since blocks of the KV cache may be taken from requests that sit a step out."""
+        self.proposed: dict[str, int] = {}
+        """By request: how many tokens were drafted for it in the last step."""
+        self.counts = {DECODER: [0, 0], NGRAM: [0, 0]}
+        """By drafter: tokens drafted and tokens accepted, since the start."""
         self.ended = 0.0
         """When the last drafting was done; 0: the step after it can't be timed."""
 
     def load_model(self, target: Any) -> None:
         """The composite: its towers draft."""
         self.model = target
-        sizes = [sum(p.nbytes for p in part.parameters()) for part in (target.base, target.towers[0])]
+        sizes = [sum(p.nbytes for p in part.parameters()) for part in (target.base, *target.towers[:1])]
+        sizes += [0] * (2 - len(sizes))  # no decoder
         self.lengths = DraftLengths(self.most, sizes[1] / sum(sizes))
 
     def attach(self, runner: Any) -> None:
@@ -79,27 +87,31 @@ class MemoryDrafter:
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: np.ndarray[Any, Any], token_ids_cpu: np.ndarray[Any, Any], **_: Any
     ) -> list[list[int]]:
-        """Draft tokens of each request of the batch; none for requests without a decoder.
+        """Draft tokens of each request of the batch; none for requests without a decoder or an n-gram memory.
 
         `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
         `num_tokens_no_spec` [requests] count.
         """
         if not any(self._request(row).memory[0] for row in range(len(sampled_token_ids))):
-            self.seen, self.ended = {}, 0.0
+            self.seen, self.proposed, self.ended = {}, {}, 0.0
             return [[] for _ in sampled_token_ids]
         self._learn(sampled_token_ids)
-        started = time.perf_counter()
         self.seen = {}
         lengths = self._lengths(sampled_token_ids, num_tokens_no_spec)
         drafts: list[list[int]] = [[] for _ in lengths]
         by_slot: dict[int, list[int]] = {}
         for row, length in enumerate(lengths):
-            if length:
+            if length and self._drafter(self._request(row)) == NGRAM:
+                drafts[row] = self._looked_up(row, length, token_ids_cpu[row, : num_tokens_no_spec[row]])
+            elif length:
                 by_slot.setdefault(self._request(row).memory[0], []).append(row)
         sampling: SamplingMetadata = self.runner.input_batch.sampling_metadata
         probabilities = None
         if by_slot and not sampling.all_greedy:
             probabilities = torch.zeros(len(lengths), max(lengths), self.vocabulary, device=self.runner.device)
+            for row, draft in enumerate(drafts):  # what was looked up is certain; vLLM takes it so where it is given no probabilities
+                probabilities[row, range(len(draft)), draft] = 1.0
+        started = time.perf_counter()
         for slot, rows in by_slot.items():
             last = num_tokens_no_spec[rows] - 1
             with self.model.times.part("drafting", self.runner.device):
@@ -109,8 +121,15 @@ class MemoryDrafter:
             overwrite(self.runner, "_draft_prob_req_ids", self.runner.input_batch.req_ids.copy())
         self.ended = time.perf_counter()
         if by_slot:
-            self.lengths.drafted((self.ended - started) / max(lengths))
+            self.lengths.drafted((self.ended - started) / max(lengths[row] for rows in by_slot.values() for row in rows))
+        self.proposed = {name: len(draft) for name, draft in zip(self.runner.input_batch.req_ids, drafts, strict=False) if draft}
         return drafts
+
+    def _looked_up(self, row: int, length: int, text: np.ndarray[Any, Any]) -> list[int]:
+        """How the longest match of a row's text goes on, at most `length` tokens."""
+        with self.model.times.part("drafting", self.runner.device):
+            found: list[int] = self.model.ngrams.loaded[self._request(row).memory[0]].draft(text[-LOOKED_AT:].tolist(), length)
+        return found
 
     def _learn(self, sampled_token_ids: list[list[int]]) -> None:
         """What the step that has just run says of acceptance, and of its own cost."""
@@ -121,6 +140,8 @@ class MemoryDrafter:
             drafted = self._drafted(name, count - 1)
             if new and drafted and name in self.lengths.requests:
                 self.lengths.verified(name, self._kind(runner.requests[name]), drafted, len(new) - 1)
+            if new and drafted and (drafter := self._drafter(runner.requests[name])) is not None:
+                self.counts[drafter] = [sum(pair) for pair in zip(self.counts[drafter], (drafted, len(new) - 1), strict=True)]
         # Nothing was waited for if a request was here before, and prompts cost what drafts never will.
         if self.ended and counts.max() <= self.most + 1 and any(name in self.lengths.requests for name in ids):
             self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
@@ -132,9 +153,9 @@ class MemoryDrafter:
         What a grammar drops never reaches the verifier, and is as wrong as what that rejects. vLLM shows a drafter no grammar: the mask of
         the next token exists only after this one is accepted, in the scheduler. What else is dropped (a full step) says nothing.
         """
-        if name not in self.seen:
+        if name not in self.proposed:
             return 0
-        return len(self.seen[name].tokens) if _is_constrained(self.runner.requests[name]) else verified
+        return self.proposed[name] if _is_constrained(self.runner.requests[name]) else verified
 
     @staticmethod
     def _kind(request: Any) -> Hashable:
@@ -158,23 +179,34 @@ class MemoryDrafter:
     def _lengths(self, sampled_token_ids: list[list[int]], tokens: np.ndarray[Any, Any]) -> list[int]:
         """How many tokens to draft for each request: what is best by what is known, but always as many for one with a seed, which repeats; under a grammar none for that."""
         batch = self.runner.input_batch
-        limits = [self._limit(self._request(row), int(tokens[row])) if new else 0 for row, new in enumerate(sampled_token_ids)]
+        able = [bool(new) and self._drafter(self._request(row)) is not None for row, new in enumerate(sampled_token_ids)]
+        limits = [self._limit(self._request(row), int(tokens[row])) if able[row] else 0 for row in range(len(able))]
         if self.adaptive:  # under a grammar a fixed number would mostly be in vain
             limits = [0 if row in batch.generators and _is_constrained(self._request(row)) else limit for row, limit in enumerate(limits)]
         asked = [row for row, limit in enumerate(limits) if limit and self.adaptive and row not in batch.generators]
         for row in asked:
             request = self._request(row)
             self.lengths.begin(batch.req_ids[row], self._kind(request), request.memory[1])
-        chosen = self.lengths.choose([batch.req_ids[row] for row in asked], len(limits) - len(asked)) if asked else []
-        for row, length in zip(asked, chosen, strict=True):
-            limits[row] = min(limits[row], length)
+        for drafter in (DECODER, NGRAM):
+            rows = [row for row in asked if self._drafter(self._request(row)) == drafter]
+            names = [batch.req_ids[row] for row in rows]
+            chosen = self.lengths.choose(names, len(limits) - len(rows), free=drafter == NGRAM) if rows else []
+            for row, length in zip(rows, chosen, strict=True):
+                limits[row] = min(limits[row], length)
         return limits
+
+    def _drafter(self, request: Any) -> str | None:
+        """The kind of memory that drafts for a request; None: nothing does."""
+        slot = request.memory[0]
+        if 0 < slot <= len(self.model.towers):
+            return DECODER
+        return NGRAM if slot in self.model.ngrams.loaded else None
 
     def _limit(self, request: Any, tokens: int) -> int:
         """The most that can be drafted for a request that has `tokens`: it takes one more than it accepts."""
         params = request.sampling_params
-        if not 0 < request.memory[0] <= len(self.model.towers) or params.min_p or params.logit_bias:
-            return 0  # the last two are nothing that vLLM's verifier knows
+        if params.min_p or params.logit_bias:
+            return 0  # nothing that vLLM's verifier knows
         left = (params.max_tokens or self.context) - len(request.output_token_ids)
         return max(0, min(self.most, left - 1, self.context - tokens - 1))
 

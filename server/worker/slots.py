@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from memdec.server.choice import MemoryChoice
+from memdec.server.model.ngrams import StagedNgrams
 from memdec.server.model.routing import NO_DOMAIN
 from memdec.server.model.slots import StagedTower
 
@@ -34,6 +35,13 @@ class HoldsSlots:
             return told(error)
         return None
 
+    def stage_ngrams(self, slot: int, path: str, revision: str) -> str | None:
+        """Begin to open an n-gram memory for a slot; returns what went wrong, or None."""
+        worker: Any = self
+        self.discard_staged()
+        self.staged = StagedNgrams(worker.model_runner.get_model().ngrams, slot, Path(path), revision)
+        return None
+
     def load_staged(self, budget: int) -> bool | str | None:
         """Work on weights of about `budget` bytes; returns whether it is complete, None if none has been read yet, or what went wrong."""
         try:
@@ -54,7 +62,7 @@ class HoldsSlots:
             self.staged = None
 
     def free_slot(self, slot: int) -> bool:
-        """Unload a slot's decoder, unless a request that the worker knows uses it still: returns whether it is free."""
+        """Unload a slot's memory, unless a request that the worker knows uses it still: returns whether it is free."""
         worker: Any = self
         runner = worker.model_runner
         if isinstance(runner, GPUModelRunner):  # V1's, of CPUs too
@@ -63,7 +71,7 @@ class HoldsSlots:
             memories = list(runner.model_state.chosen.values())
         if any(used == slot for used, _ in memories):
             return False
-        runner.get_model().replace_tower(slot, None)
+        runner.get_model().release(slot)
         return True
 
 

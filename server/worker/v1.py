@@ -29,12 +29,15 @@ from memdec.server.model.routing import NONE_KNOWN, RowChoice, StepRouting
 from memdec.server.worker import expand
 from memdec.server.worker.forward_contexts import RunnerAttention
 from memdec.server.worker.slots import HoldsSlots, chosen
+from memdec.server.worker.text import text_of_v1
 
 
 class RoutesSteps:
     """Mixin for vLLM's V1 model runners."""
 
     slots: dict[tuple[str, str], int]
+    first_ngram: int
+    """The lowest slot of n-gram memories."""
     attention: RunnerAttention
     last: tuple[tuple[list[RowChoice], int, bool], StepRouting] | None = None
     """The step before: decoding steps are mostly routed alike."""
@@ -62,8 +65,9 @@ class RoutesSteps:
         """Also find the towers' attention layers in the KV cache."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
-        self.slots = spec_of(runner.model_config.hf_config).first_slots
-        self.attention = RunnerAttention(runner, attention_names(runner.get_model().towers[0]))
+        spec = spec_of(runner.model_config.hf_config)
+        self.slots, self.first_ngram = spec.first_slots, spec.first_ngram
+        self.attention = RunnerAttention(runner, attention_names(runner.get_model().towers))
         if runner.speculative_config is not None:
             runner.drafter.attach(runner)
 
@@ -78,6 +82,7 @@ class RoutesSteps:
         if self.last is None or self.last[0] != (rows, total, captured):
             self.last = (rows, total, captured), StepRouting.of(rows, total, runner.device, captured)
         routing = self.last[1]
+        runner.get_model().ngrams.text = text_of_v1(runner, ends) if routing.has_slot_from(self.first_ngram) else None
         more: dict[str, Any] = {"routing": routing, "known": torch.cat([k for k in known if len(k)]) if len(routing.known) else None}
         decoders = len(runner.get_model().towers)
         parts = [group for group in routing.groups if group.slot <= decoders and group.tokens is not None and len(group.tokens)]
@@ -145,6 +150,12 @@ class TellsTimes:
         worker: Any = self
         times: dict[str, tuple[float, int]] = worker.model_runner.get_model().times.totals()
         return times
+
+    def draft_counts(self) -> dict[str, list[int]]:
+        """Drafter -> tokens drafted and tokens accepted since the start; empty where nothing drafts."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        counts: dict[str, list[int]] = runner.drafter.counts if runner.speculative_config is not None else {}
+        return counts
 
 
 class CPUMemoryWorker(HoldsSlots, TellsTimes, cpu_worker.CPUWorker):

@@ -17,6 +17,7 @@ from memdec.server.model.composite import MemoryDecoderForCausalLM
 from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
 from memdec.server.worker.forward_contexts import MemoryAttention
 from memdec.server.worker.slots import chosen
+from memdec.server.worker.text import text_of_v2
 
 
 class MemoryModelState(DefaultModelState):
@@ -28,14 +29,17 @@ class MemoryModelState(DefaultModelState):
         self, vllm_config: VllmConfig, model: MemoryDecoderForCausalLM, encoder_cache: EncoderCache | None, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.slots = spec_of(vllm_config.model_config.hf_config).first_slots
+        spec = spec_of(vllm_config.model_config.hf_config)
+        self.slots, self.first_ngram = spec.first_slots, spec.first_ngram
         self.towers = len(model.towers)
-        self.names = attention_names(model.towers[0])
+        self.names = attention_names(model.towers)
+        self.looks_up = False
+        """Whether a request of the step has an n-gram memory."""
         self.chosen: dict[str, tuple[int, float]] = {}
         """Slot and lambda by request."""
         self.step: dict[str, object] = {}
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.captures = model.stacked is not None
+        self.captures = model.stacked is not None or not len(model.towers)
         self.token_slots = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.token_lams = torch.zeros(tokens, device=device)
         """Where graphs read them."""
@@ -73,6 +77,7 @@ class MemoryModelState(DefaultModelState):
         ]
         total = input_batch.num_tokens_after_padding
         routing = StepRouting.of(rows, total, self.device)
+        self.looks_up = routing.has_slot_from(self.first_ngram)
         if cudagraph_mode == CUDAGraphMode.FULL:
             self.token_slots[:total] = routing.slots if routing.uses_memory else NO_DOMAIN
             self.token_lams[:total] = routing.lams if routing.uses_memory else 0
@@ -91,6 +96,8 @@ class MemoryModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, object]:
         """Further keywords of the composite's forward. Without metadata (profiling) nobody has a memory."""
         step, self.step = self.step or {"routing": BASE_ALONE}, {}
+        self.model.ngrams.text = text_of_v2(input_batch, req_states) if self.looks_up else None
+        self.looks_up = False
         return {**super().prepare_inputs(input_batch, req_states), **step}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 from asking import ask, chat
 from conftest import Server, metric, start_server, stop_server
 from offline import Row, run
-from reference import CODE, FLOAT32, MIX, hugging_face, worst
+from reference import CODE, FLOAT32, MIX, chi_square, hugging_face, worst
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.engine
@@ -83,16 +83,6 @@ def next_probabilities(toys: Path, sequences: list[list[int]], lam: float) -> np
     base *= 1 - lam
     base[:, : memory.shape[1]] += lam * memory[:, : base.shape[1]]
     return np.asarray(base)
-
-
-def chi_square(counts: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """Standard deviations by which the chi-square statistic is above its mean, cells of less than 10 expected draws pooled."""
-    few = expected < 10
-    seen, wanted = (np.append(x[~few], x[few].sum()) for x in (counts, expected))
-    if wanted[-1] < 10:
-        seen, wanted = seen[:-1], wanted[:-1]
-    degrees = len(wanted) - 1
-    return float((((seen - wanted) ** 2 / wanted).sum() - degrees) / np.sqrt(2 * degrees))
 
 
 def test_sampled_answers_follow_the_mixture(toys: Path, tmp_path: Path) -> None:

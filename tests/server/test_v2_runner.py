@@ -3,9 +3,11 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
+from ngram_engine import entries, off
 from offline import Row, run
 from reference import CODE, FLOAT32, MIX, worst
 from tools import needs
@@ -50,3 +52,15 @@ def test_untouched_rows_are_those_of_plain_vllm(toys: Path, tmp_path: Path) -> N
     for i, (_, domain, lam, *_) in enumerate(MIX):
         if domain is None or lam == 0:
             assert ours[i] == plain[i]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_n_grams(stacked: bool, toys: Path, ngrams: dict[str, Path], tmp_path: Path) -> None:
+    """Its own tables of tokens; with decoders that run as one CUDA graph would, and without any decoder."""
+    mix: list[Row] = [(CODE * 3, "o6", 0.6, "ngram"), ("import os", "o8", 0.9, "ngram"), (CODE, None, 0.0)]
+    mix += [(CODE, "a", 0.5, "decoder")] if stacked else []
+    changed: dict[str, Any] = {"ngrams": entries(ngrams), **({"stacked": True} if stacked else {"decoders": ()})}
+    result = run(
+        tmp_path, toys, "qwen", mix, changed=changed, traced=stacked, sampling={"prompt_logprobs": 1, "max_tokens": 8}, variables=V2
+    )
+    assert off(toys, mix, result["rounds"][0]) <= FLOAT32

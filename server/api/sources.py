@@ -1,0 +1,39 @@
+"""`memory_sources` in answers: each choice's list, in the answer's JSON or in the last event of a choice."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from memdec.server.engine.sources import Collected
+from memdec.server.routing.selection import SOURCES
+
+
+def with_sources(response: Response, collected: Collected, n: int) -> Response:
+    """The answer with the sources that were collected while it was made; `n` choices share each prompt."""
+    if isinstance(response, StreamingResponse):
+        events = response.body_iterator
+
+        async def told() -> AsyncIterator[Any]:
+            async for event in events:
+                if isinstance(event, str) and event.startswith("data: {") and '"finish_reason":"' in event:
+                    event = f"data: {json.dumps(_told(json.loads(event[6:]), collected, n), ensure_ascii=False)}\n\n"
+                yield event
+
+        response.body_iterator = told()
+        return response
+    if response.status_code != 200:
+        return response
+    return JSONResponse(_told(json.loads(bytes(response.body)), collected, n), headers=_kept(response))
+
+
+def _told(body: dict[str, Any], collected: Collected, n: int) -> dict[str, Any]:
+    for choice in body.get("choices", ()):
+        if choice.get("finish_reason") is not None:
+            choice[SOURCES] = collected.of_choice(choice["index"], n)
+    return body
+
+
+def _kept(response: Response) -> dict[str, str]:
+    return {name: value for name, value in response.headers.items() if name not in ("content-length", "content-type")}

@@ -1,0 +1,24 @@
+"""The text that the tokens of a step stand in. Both runner adapters make it, for memories that look it up."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class StepText:
+    """Token ids on the host, drafted ones of the step included."""
+
+    starts: Sequence[int]
+    """Place in the step of each request's first token, ascending."""
+    positions: Sequence[int]
+    """Position of that token in the request's own text."""
+    read: Callable[[int, int, int], list[int]]
+    """Request, position, end -> its tokens from that position to before the end; not beyond its last token in the step."""
+
+    def up_to(self, place: int, most: int) -> list[int]:
+        """The last `most` tokens of a request's text, up to the one that has this place in the step."""
+        request = int(np.searchsorted(self.starts, place, side="right")) - 1
+        end = self.positions[request] + place - self.starts[request] + 1
+        return self.read(request, max(0, end - most), end)

@@ -1,0 +1,41 @@
+"""N-gram memories in the engine's step: p_ngram = s + r * p_base, where s is sparse and looked up on the host, by the text before each row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memdec.decoders.reading.ngram import Continuations, NgramMemory
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """What a memory says after each of n contexts, on the device of the logits."""
+
+    rows: Tensor
+    """Context of each entry, [m] int64, ascending."""
+    tokens: Tensor
+    """Token of each entry, [m] int64; no token twice for a context."""
+    probabilities: Tensor
+    """The sparse part s, [m] float32."""
+    base_mass: Tensor
+    """The base's part r, [n] float32; 1 where the context was never seen."""
+
+
+def look_up(memory: NgramMemory, contexts: Sequence[Sequence[int]], device: torch.device) -> SparseRows:
+    """Look contexts up, equal ones once: the choices of a prompt begin alike."""
+    known: dict[tuple[int, ...], Continuations] = {}
+    found = []
+    for context in contexts:
+        key = tuple(context)
+        if key not in known:
+            known[key] = memory.continuations(key)
+        found.append(known[key])
+    counts = np.array([len(f.token_ids) for f in found], np.int64)
+    rows = np.arange(len(found)).repeat(counts)
+    tokens = np.concatenate([f.token_ids for f in found]).astype(np.int64, copy=False)
+    probabilities = np.concatenate([f.probabilities for f in found]).astype(np.float32, copy=False)
+    mass = np.array([f.base_mass for f in found], np.float32)
+    return SparseRows(*(torch.from_numpy(a).to(device) for a in (rows, tokens, probabilities, mass)))

@@ -1,0 +1,58 @@
+"""The text of a step, from what vLLM's two runners keep of their requests' tokens."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from memdec.server.model.text import StepText
+
+
+def text_of_v1(runner: Any, ends: Sequence[int]) -> StepText:
+    """From the V1 runner's table on the host; `ends` are its requests' first places in the step, and the step's end."""
+    batch = runner.input_batch
+    positions = batch.num_computed_tokens_cpu[: len(ends) - 1].tolist()
+    complete = _completed(runner, ends, positions) if runner.use_async_scheduling else None
+
+    def read(request: int, first: int, end: int) -> list[int]:
+        if complete is not None:
+            complete(request)
+        tokens: list[int] = batch.token_ids_cpu[request, first:end].tolist()
+        return tokens
+
+    return StepText(ends[:-1], positions, read)
+
+
+def _completed(runner: Any, ends: Sequence[int], positions: Sequence[int]) -> Callable[[int], None]:
+    """Writes a request's tokens of this step into the host's table, where steps that are scheduled ahead leave -1 for each sampled one.
+
+    The device has them: reading them waits for what it has been given to do, this step's forward pass included. vLLM reads nothing from
+    these places. Where the runner kept its table complete, this would be dropped.
+    """
+
+    @cache
+    def ids() -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = runner.input_ids.gpu[: ends[-1]].cpu().numpy()
+        return found
+
+    def complete(request: int) -> None:
+        begin, end = ends[request], ends[request + 1]
+        place = positions[request]
+        runner.input_batch.token_ids_cpu[request, place : place + end - begin] = ids()[begin:end]
+
+    return complete
+
+
+def text_of_v2(input_batch: Any, req_states: Any) -> StepText:
+    """From the V2 runner's table, which its kernels write: reading it waits for the device, once a row."""
+    table = req_states.all_token_ids.gpu
+    indices = input_batch.idx_mapping_np.tolist()
+    starts = input_batch.query_start_loc_np[: input_batch.num_reqs].tolist()
+    positions = input_batch.num_computed_tokens_np[: input_batch.num_reqs].tolist()
+
+    def read(request: int, first: int, end: int) -> list[int]:
+        tokens: list[int] = table[indices[request], first:end].tolist()
+        return tokens
+
+    return StepText(starts, positions, read)

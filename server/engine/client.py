@@ -25,7 +25,7 @@ from memdec.server.engine.admission import Admission, account, turn_of_request
 from memdec.server.engine.answer_scoring import scored
 from memdec.server.engine.grammars import FIELD, Grammars
 from memdec.server.engine.liveness import Liveness, engines_with_work
-from memdec.server.engine.loaded_domains import LoadedDomains
+from memdec.server.engine.loaded_domains import LoadedDomains, Snapshot
 from memdec.server.engine.sandbox import Sandbox
 from memdec.server.engine.shadows import Shadows
 from memdec.server.engine.sources import OpenMemories, collected, with_sources
@@ -35,7 +35,7 @@ from memdec.server.in_place import become, overwrite, require
 from memdec.server.metrics import DRAFTED, NO_LABEL, Timings
 from memdec.server.model.timing import PARTS
 from memdec.server.retrieval.rag import PassageFinder, added
-from memdec.server.routing.domains import DECODER, RAG
+from memdec.server.routing.domains import DECODER, NGRAM, RAG
 from memdec.server.worker.shares import BACKGROUND
 
 CANNOT_BE_FOLLOWED = "The schema, grammar, choice or regular expression of this request can't be followed."
@@ -226,7 +226,7 @@ class MemoryEngine(AsyncLLM):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
-        slot = current.slot_of(choice.mode, choice.domain) if choice is not None and choice.mixed else 0
+        slot = self._slot_of(choice, current)
         params = _with_engine_fields(params, slot)
         self.admitting[slot] += 1
         try:
@@ -239,6 +239,16 @@ class MemoryEngine(AsyncLLM):
         finally:
             self.admitting[slot] -= 1
             self.admission.arrived(getattr(params, "n", 1))
+
+    @staticmethod
+    def _slot_of(choice: MemoryChoice | None, current: Snapshot) -> int:
+        """The slot that a request gets; 0: the worker looks its memory up, or it needs none. Raises VLLMNotFoundError if its memory was unloaded since."""
+        if choice is None or not choice.mixed:
+            return 0
+        slot = current.slot_of(choice.mode, choice.domain)
+        if not slot and choice.mode in (DECODER, NGRAM):
+            raise VLLMNotFoundError(f"The domain {choice.domain!r} has no memory {choice.mode!r} any more.")
+        return slot
 
     async def _compilable(self, params: Any) -> Any:
         """A copy of the parameters whose grammar the sandbox has compiled. Raises VLLMValidationError."""

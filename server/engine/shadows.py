@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from memdec.server import metrics
 from memdec.server.choice import CLIENT, MemoryChoice
 from memdec.server.engine.protocols import Engine
-from memdec.server.routing.domains import KNN, NONE, RAG
+from memdec.server.routing.domains import KNN, NGRAM, NONE, RAG
 from memdec.server.worker.shares import BACKGROUND
 
 PRIORITY = 1  # behind every client's 0: scheduled last, preempted first
@@ -39,7 +39,7 @@ class Shadows:
         if self.engine.draining or self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
             return
         replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "cache_salt": self.salt}
-        for mode, lam in self.baselines.get(domain, ((NONE, 0.0),)):  # a domain loaded later has no datastore
+        for mode, lam in self.baselines.get(domain, ((NONE, 0.0),)):  # those of a domain loaded later aren't replayed with
             if self.queue.full():
                 metrics.SHADOWS.labels(mode, domain, "dropped").inc()
             else:
@@ -67,10 +67,11 @@ def _replayed(params: SamplingParams, choice: MemoryChoice) -> SamplingParams:
     return replay
 
 
-def baselines_of(retrieval: Mapping[str, float], domains: list[str]) -> Baselines:
-    """What each domain is compared with: the base alone, and kNN-LM and RAG where it has a datastore (name -> lambda)."""
+def baselines_of(retrieval: Mapping[str, float], domains: list[str], ngrams: Mapping[str, float] | None = None) -> Baselines:
+    """What each domain is compared with: the base alone, kNN-LM and RAG where it has a datastore, its n-grams where it has some (name -> lambda)."""
     baselines = {}
     for name in domains:
-        more = ((KNN, retrieval[name]), (RAG, 0.0)) if name in retrieval else ()
-        baselines[name] = ((NONE, 0.0), *more)
+        retrieved = ((KNN, retrieval[name]), (RAG, 0.0)) if name in retrieval else ()
+        counted = ((NGRAM, ngrams[name]),) if ngrams and name in ngrams else ()
+        baselines[name] = ((NONE, 0.0), *retrieved, *counted)
     return baselines

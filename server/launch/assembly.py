@@ -37,7 +37,8 @@ def equip(engine: MemoryEngine, settings: Settings) -> DomainUpdates | None:
     tokenizer = load_tokenizer(models.base) if stores else None
     engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}
     if settings.baseline_sample_rate:
-        baselines = baselines_of({name: store.lam for name, store in stores.items()}, models.domains.names)
+        ngrams = {d.name: d.ngrams.lam for d in models.domains if d.ngrams is not None}
+        baselines = baselines_of({name: store.lam for name, store in stores.items()}, models.domains.names, ngrams)
         engine.shadows = Shadows(engine, settings.baseline_sample_rate, baselines)
     return DomainUpdates(engine, models, settings.updates) if settings.updates is not None else None
 

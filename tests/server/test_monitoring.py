@@ -99,6 +99,14 @@ def test_baselines_by_domain() -> None:
     assert baselines_of({"a": 0.3}, ["a", "b"]) == {"a": (("none", 0.0), ("knn", 0.3), ("rag", 0.0)), "b": (("none", 0.0),)}
 
 
+def test_n_grams_are_a_baseline() -> None:
+    """After the others, where a domain has some."""
+    assert baselines_of({"a": 0.3}, ["a", "b"], {"b": 0.2}) == {
+        "a": (("none", 0.0), ("knn", 0.3), ("rag", 0.0)),
+        "b": (("none", 0.0), ("ngram", 0.2)),
+    }
+
+
 def expressions() -> list[str]:
     """Every query of the dashboard and the rules."""
     panels = json.loads(DASHBOARD.read_text())["panels"]

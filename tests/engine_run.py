@@ -94,7 +94,14 @@ def traced(llm: Any) -> Any:
     state = runner.model_state
     prepare = state.prepare_attn
     state.prepare_attn = lambda batch, _mode, *args, **kwargs: prepare(batch, CUDAGraphMode.FULL, *args, **kwargs)
-    state.prepare_inputs = lambda batch, _states: state.prepare_dummy_inputs(batch.num_reqs, batch.num_tokens_after_padding)
+    inputs = state.prepare_inputs
+
+    def captured(batch: Any, states: Any) -> dict[str, Any]:
+        inputs(batch, states)
+        found: dict[str, Any] = state.prepare_dummy_inputs(batch.num_reqs, batch.num_tokens_after_padding)
+        return found
+
+    state.prepare_inputs = captured
     return {}
 
 

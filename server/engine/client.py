@@ -183,8 +183,8 @@ class MemoryEngine(AsyncLLM):
         if not self.has_memories:
             return {}
         # The ranks of one replica take their steps together; replicas take their own.
-        drafts = [ranks[0] for ranks in await self.everywhere("draft_counts")] if self.vllm_config.speculative_config is not None else []
-        DRAFTED.totals = {name: (sum(d[name][0] for d in drafts), sum(d[name][1] for d in drafts)) for name in (drafts or [{}])[0]}
+        drafts = [ranks[0] for ranks in await self.everywhere("draft_counts")]
+        DRAFTED.totals = {name: (sum(d[name][0] for d in drafts), sum(d[name][1] for d in drafts)) for name in (DECODER, NGRAM)}
         replicas = [ranks[0] for ranks in await self.everywhere("step_times")]
         return {part: (sum(r[part][0] for r in replicas), sum(r[part][1] for r in replicas)) for part in PARTS}
 

@@ -43,8 +43,10 @@ class CheckedMemory:
     """`decoder` or `ngram`."""
     domain: Domain
     """The domain, if it had this memory and no other."""
-    staging: tuple[object, ...]
-    """The worker's method that begins to load it, and what it takes after the slot: the path, and what its bytes must be."""
+    staging: str
+    """The worker's method that begins to load it, with slot, path and what its bytes must be."""
+    expected: object
+    """What its bytes must be: hashes, or a revision."""
 
     def joined(self, before: Domain | None) -> Domain:
         """The domain with this memory and the others that it had before."""
@@ -168,14 +170,12 @@ class DomainUpdates:
         most = LARGER * self.reference[1].size + (64 << 20)
         package = open_decoder(name, folder, lambda: self.base_revision, self.tokenizer, self.options.roots, most)
         require_one_shape([self.reference, (name, package)])
-        return CheckedMemory(
-            DECODER, domain_of(name, package, self.token_hash), ("stage_decoder", str(package.path), package.weights.digests)
-        )
+        return CheckedMemory(DECODER, domain_of(name, package, self.token_hash), "stage_decoder", package.weights.digests)
 
     def _ngrams(self, name: str, folder: Path) -> CheckedMemory:
         """Raises DecoderError."""
         found = open_ngrams(folder, lambda: self.base_revision, self.token_hash)
-        return CheckedMemory(NGRAM, Domain.of_ngrams(name, found, self.token_hash), ("stage_ngrams", found.path, found.revision))
+        return CheckedMemory(NGRAM, Domain.of_ngrams(name, found, self.token_hash), "stage_ngrams", found.revision)
 
     def _confined(self, path: str) -> Path:
         """The package's folder, symbolic links resolved. Raises OutsideRoots if it, or a file in it, lies outside the roots."""
@@ -219,8 +219,7 @@ class DomainUpdates:
     async def _fill(self, slot: int, memory: CheckedMemory, deadline: float) -> None:
         """Load a memory into a slot on all workers, each of which reads the bytes that were checked. Raises BadPackage; then no worker has it."""
         try:
-            method, *rest = memory.staging
-            await self._in_time(self._everywhere(method, slot, *rest), deadline)
+            await self._in_time(self._everywhere(memory.staging, slot, memory.domain.path, memory.expected), deadline)
             while not all(answers := await self._in_time(self._everywhere("load_staged", PIECE), deadline)):
                 if None in answers:  # a worker waits for the disk
                     await asyncio.sleep(POLL)

@@ -86,6 +86,8 @@ class DraftLengths:
         self.requests: dict[str, Acceptance] = {}
         self.usual: dict[Hashable, float] = {}
         """By kind, which is what requests are accepted alike by: share of the tried tokens that is accepted."""
+        self.counts: dict[str, tuple[int, int]] = {}
+        """By drafter: tokens drafted and tokens accepted, since the start."""
 
     def drafted(self, seconds: float) -> None:
         """One token was drafted for all who draft."""
@@ -103,6 +105,11 @@ class DraftLengths:
         tried = accepted + (accepted < drafted)
         weight = 0.99**tried
         self.usual[kind] = weight * self.usual[kind] + (1 - weight) * accepted / tried
+
+    def count(self, drafter: str, drafted: int, accepted: int) -> None:
+        """Add a draft of any request to what its drafter has done."""
+        before = self.counts.get(drafter, (0, 0))
+        self.counts[drafter] = (before[0] + drafted, before[1] + accepted)
 
     def keep(self, requests: set[str]) -> None:
         """Forget all but these."""

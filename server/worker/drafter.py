@@ -65,10 +65,8 @@ class MemoryDrafter:
         self.vocabulary: int = vllm_config.model_config.get_vocab_size()
         self.seen: dict[str, Seen] = {}
         """By request; of the last step alone, since blocks of the KV cache may be taken from requests that sit a step out."""
-        self.proposed: dict[str, int] = {}
-        """By request: how many tokens were drafted for it in the last step."""
-        self.counts = {DECODER: [0, 0], NGRAM: [0, 0]}
-        """By drafter: tokens drafted and tokens accepted, since the start."""
+        self.looked_up: dict[str, int] = {}
+        """By request: how many tokens an n-gram memory drafted for it in the last step."""
         self.ended = 0.0
         """When the last drafting was done; 0: the step after it can't be timed."""
 
@@ -93,16 +91,16 @@ class MemoryDrafter:
         `num_tokens_no_spec` [requests] count.
         """
         if not any(self._request(row).memory[0] for row in range(len(sampled_token_ids))):
-            self.seen, self.proposed, self.ended = {}, {}, 0.0
+            self.seen, self.looked_up, self.ended = {}, {}, 0.0
             return [[] for _ in sampled_token_ids]
         self._learn(sampled_token_ids)
-        self.seen = {}
+        self.seen, self.looked_up = {}, {}
         lengths = self._lengths(sampled_token_ids, num_tokens_no_spec)
         drafts: list[list[int]] = [[] for _ in lengths]
         by_slot: dict[int, list[int]] = {}
         for row, length in enumerate(lengths):
             if length and self._drafter(self._request(row)) == NGRAM:
-                drafts[row] = self._looked_up(row, length, token_ids_cpu[row, : num_tokens_no_spec[row]])
+                drafts[row] = self._look_up(row, length, token_ids_cpu[row, : num_tokens_no_spec[row]])
             elif length:
                 by_slot.setdefault(self._request(row).memory[0], []).append(row)
         sampling: SamplingMetadata = self.runner.input_batch.sampling_metadata
@@ -122,13 +120,13 @@ class MemoryDrafter:
         self.ended = time.perf_counter()
         if by_slot:
             self.lengths.drafted((self.ended - started) / max(lengths[row] for rows in by_slot.values() for row in rows))
-        self.proposed = {name: len(draft) for name, draft in zip(self.runner.input_batch.req_ids, drafts, strict=False) if draft}
         return drafts
 
-    def _looked_up(self, row: int, length: int, text: np.ndarray[Any, Any]) -> list[int]:
+    def _look_up(self, row: int, length: int, text: np.ndarray[Any, Any]) -> list[int]:
         """How the longest match of a row's text goes on, at most `length` tokens."""
         with self.model.times.part("drafting", self.runner.device):
             found: list[int] = self.model.ngrams.loaded[self._request(row).memory[0]].draft(text[-LOOKED_AT:].tolist(), length)
+        self.looked_up[self.runner.input_batch.req_ids[row]] = len(found)
         return found
 
     def _learn(self, sampled_token_ids: list[list[int]]) -> None:
@@ -140,8 +138,8 @@ class MemoryDrafter:
             drafted = self._drafted(name, count - 1)
             if new and drafted and name in self.lengths.requests:
                 self.lengths.verified(name, self._kind(runner.requests[name]), drafted, len(new) - 1)
-            if new and drafted and (drafter := self._drafter(runner.requests[name])) is not None:
-                self.counts[drafter] = [sum(pair) for pair in zip(self.counts[drafter], (drafted, len(new) - 1), strict=True)]
+            if new and drafted:
+                self.lengths.count(DECODER if name in self.seen else NGRAM, drafted, len(new) - 1)
         # Nothing was waited for if a request was here before, and prompts cost what drafts never will.
         if self.ended and counts.max() <= self.most + 1 and any(name in self.lengths.requests for name in ids):
             self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
@@ -153,9 +151,8 @@ class MemoryDrafter:
         What a grammar drops never reaches the verifier, and is as wrong as what that rejects. vLLM shows a drafter no grammar: the mask of
         the next token exists only after this one is accepted, in the scheduler. What else is dropped (a full step) says nothing.
         """
-        if name not in self.proposed:
-            return 0
-        return self.proposed[name] if _is_constrained(self.runner.requests[name]) else verified
+        drafted = len(self.seen[name].tokens) if name in self.seen else self.looked_up.get(name, 0)
+        return verified if drafted and not _is_constrained(self.runner.requests[name]) else drafted
 
     @staticmethod
     def _kind(request: Any) -> Hashable:

@@ -26,6 +26,7 @@ from memdec.server.composite_spec import spec_of
 from memdec.server.in_place import overwrite
 from memdec.server.model.attention import attention_names
 from memdec.server.model.routing import NONE_KNOWN, RowChoice, StepRouting
+from memdec.server.routing.domains import DECODER, NGRAM
 from memdec.server.worker import expand
 from memdec.server.worker.forward_contexts import RunnerAttention
 from memdec.server.worker.slots import HoldsSlots, chosen
@@ -151,11 +152,11 @@ class TellsTimes:
         times: dict[str, tuple[float, int]] = worker.model_runner.get_model().times.totals()
         return times
 
-    def draft_counts(self) -> dict[str, list[int]]:
-        """Drafter -> tokens drafted and tokens accepted since the start; empty where nothing drafts."""
+    def draft_counts(self) -> dict[str, tuple[int, int]]:
+        """Drafter -> tokens drafted and tokens accepted since the start."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        counts: dict[str, list[int]] = runner.drafter.counts if runner.speculative_config is not None else {}
-        return counts
+        none = dict.fromkeys((DECODER, NGRAM), (0, 0))
+        return none | (runner.drafter.lengths.counts if runner.speculative_config is not None else {})
 
 
 class CPUMemoryWorker(HoldsSlots, TellsTimes, cpu_worker.CPUWorker):

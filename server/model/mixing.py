@@ -27,11 +27,9 @@ def mix_sparse(base_logits: Tensor, rows: Tensor, tokens: Tensor, probabilities:
     base_logits [n, V]. The sparse parts s of all rows, one entry after the other: rows [m] int64, tokens [m] int64 below V, probabilities
     [m] float32, no token twice in a row. base_mass [n] float32 is r, lam [n] float32 in (0, 1]. The base's logsumexp stays, as in `mix`.
     """
-    mixed = base_logits.float()
-    mixed = mixed.clone() if mixed is base_logits else mixed
-    norm = mixed.logsumexp(-1)
-    kept = torch.log1p(-lam * (1 - base_mass))  # 0 where r is 1
-    mixed.add_(kept[:, None])
+    base = base_logits.float()
+    norm = base.logsumexp(-1)
+    mixed = base + torch.log1p(-lam * (1 - base_mass))[:, None]  # 0 is added where r is 1
     added = probabilities.log() + (lam.log() + norm)[rows]
     mixed[rows, tokens] = torch.logaddexp(mixed[rows, tokens], added)
     return mixed

@@ -11,8 +11,7 @@ import httpx
 import pytest
 from asking import ask, chat, memory, refused, text
 from conftest import Server, metric, start_server, stop_server
-from ngram_engine import TEXTS, documents, memory_of
-from transformers import AutoTokenizer
+from ngram_engine import documents, memory_of
 
 from memdec.decoders.reading.ngram_record import NAME
 from memdec.server.checked_models import Models, check_models, with_ngrams
@@ -20,7 +19,6 @@ from memdec.server.errors import StartupError
 from memdec.server.launch.options import ADMIN_KEY
 
 ADMIN = {"Authorization": "Bearer the admin's"}
-START = TEXTS[0][: len(TEXTS[0]) // 2]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +45,13 @@ def counted(toys: Path, packages: Path, tmp_path_factory: pytest.TempPathFactory
     stop_server(running)
 
 
+@pytest.fixture(scope="module")
+def start(toys: Path) -> list[int]:
+    """Half of the memories' first document."""
+    row = documents(toys)[0]
+    return row[: len(row) // 2]
+
+
 @pytest.fixture
 def http(counted: Server) -> Iterator[httpx.Client]:
     """A client of that server."""
@@ -55,9 +60,9 @@ def http(counted: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.engine
-def test_a_domain_without_a_decoder_is_asked_for_its_n_grams(http: httpx.Client) -> None:
+def test_a_domain_without_a_decoder_is_asked_for_its_n_grams(http: httpx.Client, start: list[int]) -> None:
     """By default, with its own lambda; what it hasn't is refused by name; lambda 0 is the base."""
-    asked: dict[str, Any] = {"prompt": START, "max_tokens": 20, "ignore_eos": True}
+    asked: dict[str, Any] = {"prompt": start, "max_tokens": 20, "ignore_eos": True}
     plain = ask(http, domain="a", **asked)
     assert memory(plain) == {"domain": "a", "mode": "ngram", "lambda": "0.7"}
     assert text(ask(http, {"X-Domain": "a", "X-Memory": "ngram", "X-Lambda": "0.7"}, **asked)) == text(plain)
@@ -81,16 +86,16 @@ def test_a_domain_without_a_decoder_is_asked_for_its_n_grams(http: httpx.Client)
 
 
 @pytest.mark.engine
-def test_sources(http: httpx.Client, toys: Path) -> None:
+def test_sources(http: httpx.Client, toys: Path, start: list[int]) -> None:
     """Each names a place where the text before the token stands; streams and chats have them too; elsewhere the field is refused."""
-    tokenizer, rows = AutoTokenizer.from_pretrained(toys / "base"), documents(toys)
-    asked: dict[str, Any] = {"prompt": START, "domain": "named", "lam": 0.9, "max_tokens": 12, "return_token_ids": True, "ignore_eos": True}
+    rows = documents(toys)
+    asked: dict[str, Any] = {"prompt": start, "domain": "named", "lam": 0.9, "max_tokens": 12, "return_token_ids": True, "ignore_eos": True}
     answer = ask(http, memory_sources=True, **asked)
     (choice,) = answer.json()["choices"]
     assert text(answer) == text(ask(http, **asked)) and choice["logprobs"] is None
     assert "memory_sources" not in ask(http, **asked).json()["choices"][0]
     assert choice["memory_sources"], "the memory has this text"
-    whole = [*tokenizer.encode(START, add_special_tokens=False), *choice["token_ids"]]
+    whole = [*start, *choice["token_ids"]]
     first = len(whole) - len(choice["token_ids"])
     for source in choice["memory_sources"]:
         assert whole[first + source["index"]] == source["token_id"] and 1 <= len(source["occurrences"]) <= 3
@@ -116,9 +121,9 @@ def load(http: httpx.Client, name: str, path: str | Path) -> httpx.Response:
 
 
 @pytest.mark.engine
-def test_memories_come_and_go(http: httpx.Client, packages: Path, toys: Path) -> None:
+def test_memories_come_and_go(http: httpx.Client, packages: Path, toys: Path, start: list[int]) -> None:
     """A new domain, its next revision, and its end; what can't be loaded leaves all as it was, and says why in a line."""
-    asked: dict[str, Any] = {"prompt": START, "max_tokens": 20, "ignore_eos": True, "lam": 0.7}
+    asked: dict[str, Any] = {"prompt": start, "max_tokens": 20, "ignore_eos": True, "lam": 0.7}
     created = load(http, "new", "a")
     assert created.status_code == 201 and created.json() == http.get("/v1/domains/new").json()
     first = text(ask(http, domain="new", **asked))

@@ -31,6 +31,7 @@ from memdec.decoders.tokens import load_ends, load_tokens
 ORDERS = range(2, LONGEST_ORDER + 1)
 LAMBDAS = tuple(round(0.01 * i, 2) for i in range(100))
 TOLERATED = 0.001  # nats per token that a shorter order may cost: it is looked up faster
+ENOUGH = 100  # tokens with one length of match that are enough to tune its lambda on
 CARD = "README.md"
 
 
@@ -56,6 +57,7 @@ class Tuned:
 
     order: int
     lam: float
+    weights: list[float]
     perplexity: dict[str, float]
 
 
@@ -89,7 +91,7 @@ class NgramBuild:
             write_memory(folder, self.domain, self._texts(tokens), vocabulary)
             tuned = tune(NgramMemory.open(folder), self.base, tokens, self.options.windows)
             record = {
-                "order": tuned.order, "lambda": tuned.lam, "tuned": True, "sources": self.options.with_sources, "base": inputs["base"],
+                "order": tuned.order, "lambda": tuned.lam, "weights": tuned.weights, "tuned": True, "sources": self.options.with_sources, "base": inputs["base"],
                 "perplexity": tuned.perplexity, "training": self._training(inputs),
             }  # fmt: skip
             write_record(folder, self.domain, vocabulary, **record)
@@ -125,17 +127,40 @@ def tune(memory: NgramMemory, base: Path, tokens: Path, most: int) -> Tuned:
     """Tune order and lambda on at most `most` windows of valid, and measure the mixture on as many of test, all beside the base."""
     model = load_model(base)
     valid, starts, ours = _split(model, tokens, "valid", most)
-    best: dict[int, tuple[float, float]] = {}
-    for order, probabilities in zip(ORDERS, probabilities_by_order(memory, valid, scored(starts), np.exp(ours)), strict=True):
-        best[order] = min((perplexity(mix(ours, np.log(probabilities), lam)), lam) for lam in LAMBDAS)
-    lowest = min(figure for figure, _ in best.values())
-    order = next(order for order, (figure, _) in best.items() if np.log(figure / lowest) <= TOLERATED)
-    figure, lam = best[order]
+    scores = score_by_order(memory, valid, scored(starts), np.exp(ours))
+    fitted = {order: fit(ours, scores, order) for order in ORDERS}
+    lowest = min(figure for figure, _ in fitted.values())
+    order = next(order for order, (figure, _) in fitted.items() if np.log(figure / lowest) <= TOLERATED)
+    figure, lambdas = fitted[order]
     test, starts, theirs = _split(model, tokens, "test", most)
-    measured = probabilities_by_order(memory, test, scored(starts), np.exp(theirs))[order - ORDERS[0]]
-    figures = {"valid base": perplexity(ours), "valid mixture": figure, "test base": perplexity(theirs)}
-    figures["test mixture"] = perplexity(mix(theirs, np.log(measured), lam))
-    return Tuned(order, lam, {name: round(value, 3) for name, value in figures.items()})
+    measured = mixed_by_length(theirs, score_by_order(memory, test, scored(starts), np.exp(theirs)), order, lambdas)
+    figures = {
+        "valid base": perplexity(ours),
+        "valid mixture": figure,
+        "test base": perplexity(theirs),
+        "test mixture": perplexity(measured),
+    }
+    lam = max(lambdas)
+    weights = [round(own / lam, 4) if lam else 1.0 for own in lambdas]
+    return Tuned(order, lam, weights, {name: round(value, 3) for name, value in figures.items()})
+
+
+def fit(base: Floats, scores: "Scores", order: int) -> tuple[float, list[float]]:
+    """The perplexity of the mixture, and lambda for a longest match of 1, 2, … tokens: that of all lengths where there are few tokens."""
+    ours, lengths = np.log(scores.probabilities[order - ORDERS[0]]), np.minimum(scores.matched, order - 1)
+    whole = min(LAMBDAS, key=lambda lam: perplexity(mix(base, ours, lam)))
+    lambdas = []
+    for length in range(1, LONGEST_ORDER):
+        own = lengths == length
+        lambdas.append(min(LAMBDAS, key=lambda lam: perplexity(mix(base[own], ours[own], lam))) if own.sum() >= ENOUGH else whole)
+    return perplexity(mixed_by_length(base, scores, order, lambdas)), lambdas
+
+
+def mixed_by_length(base: Floats, scores: "Scores", order: int, lambdas: Sequence[float]) -> Floats:
+    """Log-probabilities of the mixture whose lambda is that of the longest match."""
+    lam = np.array([0.0, *lambdas])[np.minimum(scores.matched, order - 1)]
+    mixed: Floats = np.log((1 - lam) * np.exp(base) + lam * scores.probabilities[order - ORDERS[0]])
+    return mixed
 
 
 def _split(model: Any, tokens: Path, split: str, most: int) -> tuple[Sequence[int], list[int], Floats]:
@@ -145,13 +170,23 @@ def _split(model: Any, tokens: Path, split: str, most: int) -> tuple[Sequence[in
     return np.asarray(ids).tolist(), starts, label_logprobs(model, ids, f"{split} base", starts)
 
 
-def probabilities_by_order(memory: NgramMemory, ids: Sequence[int], positions: NDArray[np.int64], base: Floats) -> NDArray[np.float64]:
-    """p_ngram of the tokens at `positions` of `ids` for every order of ORDERS, [orders, positions], where the base says `base` [positions].
+@dataclass(frozen=True)
+class Scores:
+    """What a memory, its weights left out, says of tokens."""
+
+    probabilities: NDArray[np.float64]
+    """p_ngram for every order of ORDERS, [orders, tokens]."""
+    matched: NDArray[np.int64]
+    """Length of the longest match for the longest order, [tokens]."""
+
+
+def score_by_order(memory: NgramMemory, ids: Sequence[int], positions: NDArray[np.int64], base: Floats) -> Scores:
+    """Score the tokens at `positions` of `ids`, of which the base says `base` [positions].
 
     At least as many tokens as the longest context has must be before each position.
     """
     result = np.repeat(base[None, :], len(ORDERS), 0).astype(np.float64)
-    longest = ORDERS[-1] - 1
+    matched, longest = np.zeros(len(positions), np.int64), ORDERS[-1] - 1
     for at, position in enumerate(positions.tolist()):
         p, label = float(base[at]), ids[position]
         for length, after, counts in memory.levels(memory.tail(ids[position - longest : position], longest)):
@@ -159,8 +194,8 @@ def probabilities_by_order(memory: NgramMemory, ids: Sequence[int], positions: N
             count = int(counts[place]) if place < len(after) and after[place] == label else 0
             discount, total = memory.discounts[length - 1], int(counts.sum())
             p = (max(count - discount, 0.0) + discount * len(after) * p) / total
-            result[length - 1 :, at] = p
-    return result
+            result[length - 1 :, at], matched[at] = p, length
+    return Scores(result, matched)
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -177,7 +212,8 @@ def model_card(record: dict[str, Any]) -> str:
             f"Exact counts of {record['tokens']:,} tokens' n-grams, to be mixed into a base model with the same tokenizer "
             f"(token map `{record['token_map']}`). It holds the text itself, as token ids: whoever has the package can read it.", "",
             "## Measured", "",
-            f"Perplexity beside `{made['base']}`; order {record['order']} and λ = {record['lambda']} tuned on valid; "
+            f"Perplexity beside `{made['base']}`; order {record['order']} and λ (at most {record['lambda']}, less after "
+            f"short matches) tuned on valid; "
             f"at most {made['windows']} windows of 512 tokens, the second half of each scored.", "",
             "| split | base alone | mixture |", "|---|---|---|", *rows, "", *updates,
             "## Made from", "",

@@ -94,7 +94,7 @@ def _update(out: Path, domain: str, what: str, change: Change) -> Path:
         training = {**record.training, "updates": [*record.training.get("updates", []), what]}
         training.setdefault("measured before updates", record.perplexity)
         write_record(
-            made, record.domain, vocabulary, order=record.order, **{"lambda": record.lam}, tuned=record.tuned, sources=record.sources,
+            made, record.domain, vocabulary, order=record.order, **{"lambda": record.lam}, weights=record.weights, tuned=record.tuned, sources=record.sources,
             base=record.base, training=training,
         )  # fmt: skip
         (made / CARD).write_text(model_card(json.loads((made / NAME).read_text())))

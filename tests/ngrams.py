@@ -15,7 +15,10 @@ LONGEST = 8  # n-grams that are counted
 class Reference:
     """The model that `memdec.decoders.reading.ngram` states, by counting every n-gram of every document."""
 
-    def __init__(self, documents: Sequence[Sequence[int]], end: int, order: int, shortest: int = 1) -> None:
+    def __init__(
+        self, documents: Sequence[Sequence[int]], end: int, order: int, shortest: int = 1, weights: Sequence[float] = (1.0,) * (LONGEST - 1)
+    ) -> None:
+        self.weights = weights
         self.end, self.order, self.shortest = end, order, shortest
         self.after: dict[tuple[int, ...], Counter[int]] = {}
         for document in documents:
@@ -46,7 +49,8 @@ class Reference:
             counts = self.after[tuple(tail[-length:])]
             total, discount = sum(counts.values()), self.discounts[length - 1]
             p = [(max(counts[w] - discount, 0) + discount * len(counts) * p[w]) / total for w in range(len(base))]
-        return p
+        weight = self.weights[max(self.matched(context) - 1, 0)]
+        return [weight * own + (1 - weight) * alone for own, alone in zip(p, base, strict=True)]
 
 
 def make_memory(

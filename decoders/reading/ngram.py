@@ -13,6 +13,10 @@ and the base's with the mass r that is left:
 
     p_ngram = s + r · p_base,    Σ s + r = 1,    and r = 1, the base exactly, where no context was ever seen.
 
+A long match says more than a short one. So lambda is tuned by length of the longest match, and stored as one number, the largest, and a
+weight κ from 0 to 1 for each length, which is taken off the sparse part: s becomes κ s, r becomes 1 - κ (1 - r). Then
+(1 - λ) p_base + λ p_ngram is the mixture with λκ, and whoever mixes needs to know of λ alone.
+
 Suffix arrays instead of tables of n-grams are from the infinity-gram (arXiv 2401.17377), whose longest match is our drafts'.
 
     ngram.json        order, discounts, lambda, tokenizer, and every file's size and hash
@@ -84,6 +88,7 @@ class NgramMemory:
         self.name, self.order, self.shortest, self.lambda_ = record.domain, record.order, record.shortest, record.lam
         self.tuned, self.tokens, self.vocabulary, self.tokenizer = record.tuned, record.tokens, record.vocabulary, record.token_map
         self.end, self.sources, self.discounts = record.end, record.sources, record.discounts
+        self.weights = record.weights or [1.0] * len(record.discounts)
         self.perplexity, self.base = record.perplexity, record.base
         self.revision = json_hash(record.model_dump(mode="json", by_alias=True))
         self.size = sum(f.bytes for f in record.files.values())
@@ -130,7 +135,8 @@ class NgramMemory:
         if result is None:
             return NOTHING
         ids, sparse, base_mass, matched, count = result
-        return Continuations(ids, sparse.astype(np.float32), base_mass, matched, count)
+        weight = self.weights[matched - 1]
+        return Continuations(ids, (weight * sparse).astype(np.float32), 1 - weight * (1 - base_mass), matched, count)
 
     def levels(self, tail: Sequence[int]) -> Iterator[tuple[int, Numbers, Numbers]]:
         """Yield (length, distinct next tokens, their counts) for each of a context's ends that occurs, from `shortest` tokens on.

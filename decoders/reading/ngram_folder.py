@@ -26,7 +26,7 @@ from memdec.decoders.reading.tokenizer import token_map_hash
 
 Row = NDArray[np.uint32]
 BATCH = 64  # documents per tokenizer call
-SHARD_TOKENS = 1 << 26  # of a shard at most, unless one document has more: sorting takes about 40 bytes a token, 2.7 GB
+SHARD_TOKENS = 1 << 26  # of a shard at most, unless one document has more: making it takes about 100 bytes a token, 6.5 GB
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

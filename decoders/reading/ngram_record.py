@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from memdec.decoders.reading.record import Count, FileName, FileRecord, Hash, Lambda, Perplexity, Strict, Text, wants
+from memdec.decoders.reading.record import Count, FileName, FileRecord, Hash, Lambda, Perplexity, Strict, Text, is_lambda, wants
 
 NAME = "ngram.json"
 DOCUMENTS = "documents.json"
@@ -28,6 +28,10 @@ def _are_discounts(value: Any) -> bool:
     return isinstance(value, list) and len(value) == LONGEST_ORDER - 1 and all(isinstance(d, float) and 0 < d < 1 for d in value)
 
 
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, list) and len(value) in (0, LONGEST_ORDER - 1) and all(is_lambda(weight) for weight in value)
+
+
 class NgramRecord(Strict):
     """ngram.json."""
 
@@ -42,6 +46,8 @@ class NgramRecord(Strict):
     """Whether lambda and order were tuned on the corpus's validation split."""
     discounts: Annotated[list[float], wants(_are_discounts, f"{LONGEST_ORDER - 1} numbers between 0 and 1")]
     """Discount for contexts of 1, 2, … tokens."""
+    weights: Annotated[list[float], wants(_are_weights, f"none, or {LONGEST_ORDER - 1} numbers from 0 to 1")] = Field(default_factory=list)
+    """Weight of the sparse part where the longest match has 1, 2, … tokens; none: 1 everywhere."""
     tokens: Count
     vocabulary: Count
     """Token ids of its tokenizer."""

@@ -130,9 +130,11 @@ class Shard:
             if at < len(self.keys) and self.keys[at] == key:
                 part = slice(self.offsets[at], self.offsets[at + 1])
                 return self.next[part].astype(np.int64), self.counts[part].astype(np.int64)
-        tokens = self.ids[self.suffixes[begin:stop].astype(np.int64) + length].astype(np.int64)
-        starts = np.flatnonzero(np.append(True, tokens[1:] != tokens[:-1]))
-        return tokens[starts], np.diff(starts, append=len(tokens))
+        if stop - begin == 1:  # most long contexts
+            return np.array([self.ids[self.order[begin] + length]], np.int64), np.ones(1, np.int64)
+        tokens = self.ids[self.suffixes[begin:stop] + length].astype(np.int64)
+        edges = np.concatenate([[0], np.flatnonzero(tokens[1:] != tokens[:-1]) + 1, [len(tokens)]])
+        return tokens[edges[:-1]], edges[1:] - edges[:-1]
 
     def positions(self, begin: int, stop: int, most: int) -> Sequence[int]:
         """At most `most` positions of a range, spread evenly over it."""

@@ -20,7 +20,7 @@ Ranks = NDArray[np.uint64]
 def sort_suffixes(ids: NDArray[Any]) -> Suffixes:
     """Positions of `ids` [tokens] ordered by the DEPTH tokens from there on, then by position; a text's end comes before every token.
 
-    Prefix doubling (Manber and Myers, 1993): ranks by 2n tokens come from two ranks by n tokens. Needs about 40 bytes a token meanwhile.
+    Prefix doubling (Manber and Myers, 1993): ranks by 2n tokens come from two ranks by n tokens. Needs about 50 bytes a token meanwhile.
     """
     count, bits = len(ids), (int(ids.max()) + 1).bit_length()
     depth = 64 // bits

@@ -51,8 +51,9 @@ def test_equals_plain_counting(
     """For every order, over one shard and several, with and without contexts whose continuations are stored."""
     monkeypatch.setattr(ngram_shard, "FREQUENT", frequent)
     documents = random_documents(order, 40, 50, SIZE)
-    memory = make_memory(tmp_path / "m", documents, TOYS, shards, order=order, shortest=shortest)
-    reference = Reference(list(documents.values()), END, order, shortest)
+    weights = [0.2, 0.5, 0.0, 1.0, 0.9, 1.0, 0.3] if order == 7 else [1.0] * 7
+    memory = make_memory(tmp_path / "m", documents, TOYS, shards, order=order, shortest=shortest, weights=weights)
+    reference = Reference(list(documents.values()), END, order, shortest, weights)
     assert memory.discounts == pytest.approx(reference.discounts, abs=1e-12)
     assert max(difference(memory, reference, context) for context in contexts(documents)) < 1e-6
     assert (len(memory.shards[0].keys) > 0) == (frequent == 8)

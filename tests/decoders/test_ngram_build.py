@@ -1,7 +1,9 @@
 """`memdec ngram` as a user runs it: a package, what it says, added and removed documents, and bad input in one line each."""
 
 import json
+import re
 import resource
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from ngrams import Reference, make_memory
 
-from memdec.cli import main
+from memdec.cli import _parser, main
 from memdec.decoders.reading.errors import CorpusError, DecoderError, ManifestError, PackageError
 from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.ngram_folder import index_folder, open_or_index, vocabulary_of
@@ -49,6 +51,11 @@ def rows_of(memory: NgramMemory) -> Iterator[tuple[str, list[int]]]:
             yield name, shard.ids[start : stop - 1].tolist()
 
 
+def reference_of(rows: dict[str, list[int]], memory: NgramMemory) -> Reference:
+    """Plain counting of documents, with a memory's order and weights."""
+    return Reference(list(rows.values()), memory.end, memory.order, weights=memory.weights)
+
+
 def require_same(memory: NgramMemory, reference: Reference, contexts: list[list[int]]) -> None:
     """The memory's distributions are the reference's."""
     base = np.random.default_rng(0).dirichlet(np.ones(memory.vocabulary))
@@ -70,7 +77,7 @@ def test_the_package_says_what_it_is(built: Path, toys: Path) -> None:
     assert "PSF" in (built / "README.md").read_text()
     rows = dict(rows_of(memory))
     assert len(rows) == 20 and all(name.startswith("train/") for name in rows)
-    require_same(memory, Reference(list(rows.values()), memory.end, memory.order), [row[50:57] for row in rows.values()])
+    require_same(memory, reference_of(rows, memory), [row[50:57] for row in rows.values()])
 
 
 def test_removed_and_added_documents(built: Path, toys: Path, tmp_path: Path) -> None:
@@ -84,7 +91,7 @@ def test_removed_and_added_documents(built: Path, toys: Path, tmp_path: Path) ->
     left = {n: row for n, row in before.items() if n != name}
     assert dict(rows_of(without)) == left
     contexts = [before[name][at : at + 6] for at in range(0, 60, 5)] + [row[9:14] for row in left.values()]
-    require_same(without, Reference(list(left.values()), without.end, without.order), contexts)
+    require_same(without, reference_of(left, without), contexts)
 
     more = tmp_path / "more" / "train"
     more.mkdir(parents=True)
@@ -93,7 +100,7 @@ def test_removed_and_added_documents(built: Path, toys: Path, tmp_path: Path) ->
     assert main(words) == 0
     again = NgramMemory.open(out)
     assert len(again.shards) == 2 and dict(rows_of(again)) == before
-    require_same(again, Reference(list(before.values()), again.end, again.order), contexts)
+    require_same(again, reference_of(before, again), contexts)
     assert again.lambda_ == NgramMemory.open(built).lambda_ and again.revision != without.revision
     context, matched = before[name][200:210], again.order - 1
     found = again.occurrences(context)
@@ -273,3 +280,13 @@ def test_a_package_of_another_tokenizer_is_refused(toys: Path, tmp_path: Path) -
 def test_all_errors_are_of_one_tree() -> None:
     """What the command prints as one line."""
     assert all(issubclass(kind, DecoderError) for kind in (CorpusError, ManifestError, PackageError))
+
+
+def test_the_guides_commands_parse() -> None:
+    """Those of docs/ngram.md."""
+    guide = (Path(__file__).parents[2] / "docs" / "ngram.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", guide, re.S) for line in block.splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line)[1:]
+        _parser(words[0]).parse_args(words)

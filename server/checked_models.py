@@ -1,5 +1,6 @@
 """From command-line paths to checked models: whatever can be refused is refused here, before any process is started."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from memdec.decoders.reading.errors import DecoderError, PackageError
 from memdec.decoders.reading.files import read_json, shown
 from memdec.decoders.reading.ngram import NgramMemory
+from memdec.decoders.reading.ngram_folder import open_or_index
 from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.record import Config, checked
 from memdec.decoders.reading.retrieval import RetrievalPackage
@@ -93,20 +95,27 @@ def with_datastores(models: Models, values: Iterable[str], skip_broken: bool) ->
 def with_ngrams(models: Models, values: Iterable[str]) -> Models:
     """The same with the `--ngram NAME=PATH` values checked, and joined to the domains of their names or made domains of their own.
 
-    Raises StartupError naming what is wrong.
+    A folder of text is indexed first, or found in the cache. Raises StartupError naming what is wrong.
     """
     domains, given = models.domains, set[str]()
     for name, path in (parse_named("--ngram", value) for value in values):
         if name in given:
             raise StartupError(f"--ngram: the name {name!r} is given twice")
         given.add(name)
-        token_hash = token_map_hash(load_tokenizer(models.base))
+        tokenizer = load_tokenizer(models.base)
+        token_hash = token_map_hash(tokenizer)
         try:
-            ngrams = open_ngrams(Path(path).resolve(), lambda: fingerprint_model(models.base), token_hash)
+            package = open_or_index(Path(path).resolve(), tokenizer, cache_folder(), name).path
+            ngrams = open_ngrams(package, lambda: fingerprint_model(models.base), token_hash)
         except DecoderError as error:
             raise StartupError(f"--ngram {name}: {error}") from None
         domains = domains.having(with_memory(domains.get(name), name, ngrams, token_hash))
     return replace(models, domains=domains)
+
+
+def cache_folder() -> Path:
+    """Where indexes of folders of text are kept: `memdec/ngrams` in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memdec" / "ngrams"
 
 
 def open_ngrams(path: Path, base: Callable[[], str], token_hash: str) -> Ngrams:

@@ -30,7 +30,9 @@ class Options:
     decoder: tuple[str, ...] = flag((), "a domain's decoder: a package or a plain checkpoint", "NAME=PATH")
     decoder_dir: tuple[Path, ...] = flag((), "all decoder packages in a folder, each named like its own folder", "DIR")
     datastore: tuple[str, ...] = flag((), "a domain's retrieval baselines, made by memdec retrieval", "NAME=PATH")
-    ngram: tuple[str, ...] = flag((), "a domain's n-gram memory, made by memdec ngram; it needs no decoder", "NAME=PATH")
+    ngram: tuple[str, ...] = flag(
+        (), "a domain's n-gram memory: made by memdec ngram, or a folder of text; it needs no decoder", "NAME=PATH"
+    )
     skip_broken_datastores: bool = flag(False, "serve without a datastore that is damaged or another base's")
     baseline_sample_rate: float = flag(
         0.0,

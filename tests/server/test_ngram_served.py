@@ -11,7 +11,7 @@ import httpx
 import pytest
 from asking import ask, chat, memory, refused, text
 from conftest import Server, metric, start_server, stop_server
-from ngram_engine import documents, memory_of
+from ngram_engine import TEXTS, documents, memory_of
 
 from memdec.decoders.reading.ngram_record import NAME
 from memdec.server.checked_models import Models, check_models, with_ngrams
@@ -162,6 +162,16 @@ def test_n_grams_join_a_decoder_or_stand_alone(models: Models, packages: Path) -
     assert both.domains.find("a").lambda_of("ngram") == 0.7
 
 
+def test_a_folder_of_text_is_indexed_once(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept in the cache, from where the second start has it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "one.txt").write_text(TEXTS[0] * 4)
+    first, second = (with_ngrams(models, [f"notes={tmp_path / 'notes'}"]).domains.find("notes") for _ in range(2))
+    assert first == second and first.ngrams is not None and first.ngrams.tokens > 20
+    assert Path(first.path).is_relative_to(tmp_path / "cache")
+
+
 def test_packages_that_cannot_be_served(models: Models, packages: Path, toys: Path, tmp_path: Path) -> None:
     """Truncated, another tokenizer's, no package at all, twice the same name: one line that names it."""
 
@@ -172,7 +182,8 @@ def test_packages_that_cannot_be_served(models: Models, packages: Path, toys: Pa
         return str(caught.value)
 
     assert "given twice" in message(f"a={packages / 'a'}", f"a={packages / 'other'}")
-    assert NAME in message(f"a={toys / 'base'}")
+    (tmp_path / "nothing").mkdir()
+    assert "no file in it" in message(f"a={tmp_path / 'nothing'}")
     shutil.copytree(packages / "a", tmp_path / "foreign")
     record = json.loads((tmp_path / "foreign" / NAME).read_text())
     (tmp_path / "foreign" / NAME).write_text(json.dumps({**record, "token_map": "f" * 16}))

@@ -10,7 +10,7 @@ from torch import nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 
-def share_attention(towers: list[nn.Module], registered: dict[str, Any]) -> None:
+def share_attention(towers: list[nn.Module], registered: dict[str, object]) -> None:
     """Make every tower use the first one's attention layers, and take the others' off vLLM's register of KV-cache owners."""
     shared = {name: m for name, m in towers[0].named_modules() if isinstance(m, AttentionLayerBase)}
     for tower in towers[1:]:

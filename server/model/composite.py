@@ -165,7 +165,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: object = None,
         inputs_embeds: Tensor | None = None,
         routing: StepRouting | None = None,
         attention: Mapping[int, Any] | None = None,

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import ModelConfig
@@ -20,6 +20,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from memdec.decoders.reading.weights import read_tensors
 from memdec.server.model.attention import share_attention
+
+if TYPE_CHECKING:
+    from memdec.server.model.composite import MemoryDecoderForCausalLM
 
 AHEAD = 2  # weights that are read ahead of their use
 PATIENCE = 0.005  # seconds that the worker waits for a weight between two steps
@@ -71,7 +74,13 @@ class StagedTower:
     """A decoder that is being loaded, and will be put into a slot of a composite."""
 
     def __init__(
-        self, composite: Any, slot: int, path: Path, digests: dict[str, str], model_config: ModelConfig, device: torch.device
+        self,
+        composite: "MemoryDecoderForCausalLM",
+        slot: int,
+        path: Path,
+        digests: dict[str, str],
+        model_config: ModelConfig,
+        device: torch.device,
     ) -> None:
         """`digests`: the files of `path` that hold its weights, and the SHA-256 that each must have."""
         self.composite, self.slot, self.model_config, self.device = composite, slot, model_config, device

@@ -23,6 +23,7 @@ from memdec.server.model.routing import NONE_KNOWN
 from memdec.server.routing.domains import DECODER, NGRAM
 from memdec.server.worker.draft_length import DraftLengths
 from memdec.server.worker.fair import FairScheduler
+from memdec.server.worker.forward_contexts import Numbers
 
 LOOKED_AT = 256  # tokens that a match is looked for in; far more than the longest match has
 
@@ -30,7 +31,7 @@ LOOKED_AT = 256  # tokens that a match is looked for in; far more than the longe
 class DraftingScheduler(FairScheduler):
     """Our scheduler, which also reserves KV-cache slots for the tokens that are being drafted."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         overwrite(self, "num_lookahead_tokens", self.num_spec_tokens)  # vLLM reserves none for a proposer of its users'
 
@@ -83,7 +84,7 @@ class MemoryDrafter:
 
     @torch.inference_mode()
     def propose(
-        self, sampled_token_ids: list[list[int]], num_tokens_no_spec: np.ndarray[Any, Any], token_ids_cpu: np.ndarray[Any, Any], **_: Any
+        self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Numbers, token_ids_cpu: Numbers, **_: object
     ) -> list[list[int]]:
         """Draft tokens of each request of the batch; none for requests without a decoder or an n-gram memory.
 
@@ -159,7 +160,7 @@ class MemoryDrafter:
         """Requests of one kind are accepted alike: those of one slot, under a grammar or not."""
         return request.memory[0], _is_constrained(request)
 
-    def known(self, request: str, position: int, tokens: np.ndarray[Any, Any]) -> Tensor:
+    def known(self, request: str, position: int, tokens: Numbers) -> Tensor:
         """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]."""
         seen = self.seen.get(request)
         if seen is None or seen.position != position:
@@ -173,7 +174,7 @@ class MemoryDrafter:
         """The runner's state of a row's request."""
         return self.runner.requests[self.runner.input_batch.req_ids[row]]
 
-    def _lengths(self, sampled_token_ids: list[list[int]], tokens: np.ndarray[Any, Any]) -> list[int]:
+    def _lengths(self, sampled_token_ids: list[list[int]], tokens: Numbers) -> list[int]:
         """How many tokens to draft for each request: what is best by what is known, but always as many for one with a seed, which repeats; under a grammar none for that."""
         batch = self.runner.input_batch
         able = [bool(new) and self._drafter(self._request(row)) is not None for row, new in enumerate(sampled_token_ids)]
@@ -208,7 +209,7 @@ class MemoryDrafter:
         return max(0, min(self.most, left - 1, self.context - tokens - 1))
 
     def _draft(
-        self, slot: int, rows: Sequence[int], lengths: Sequence[int], tokens: np.ndarray[Any, Any], positions: np.ndarray[Any, Any],
+        self, slot: int, rows: Sequence[int], lengths: Sequence[int], tokens: Numbers, positions: Numbers,
         sampling: SamplingMetadata, drafts: list[list[int]], probabilities: Tensor | None,
     ) -> None:  # fmt: skip
         """Draft for the rows of one slot, token by token; `drafts` and `probabilities` [requests, drafted, V] are filled in."""

@@ -15,6 +15,8 @@ from vllm.compilation.cuda_graph import CUDAGraphOptions, CUDAGraphWrapper
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import cpu_worker, gpu_worker
@@ -28,7 +30,7 @@ from memdec.server.model.attention import attention_names
 from memdec.server.model.routing import NONE_KNOWN, RowChoice, StepRouting
 from memdec.server.routing.domains import DECODER, NGRAM
 from memdec.server.worker import expand
-from memdec.server.worker.forward_contexts import RunnerAttention
+from memdec.server.worker.forward_contexts import Numbers, RunnerAttention
 from memdec.server.worker.slots import HoldsSlots, chosen
 from memdec.server.worker.text import text_of_v1
 
@@ -52,7 +54,7 @@ class RoutesSteps:
             runner: Any = self
             overwrite(runner.input_batch, "logitsprocs", build_logitsprocs(plain, device, PIN_MEMORY, False))
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    def load_model(self, *args: object, **kwargs: object) -> None:
         """Also divide the graph that vLLM would make of the whole composite."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
@@ -62,7 +64,7 @@ class RoutesSteps:
                 lambda part: CUDAGraphWrapper(part, runner.vllm_config, CUDAGraphMode.FULL, CUDAGraphOptions(weak_ref_output=False))
             )
 
-    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+    def initialize_kv_cache(self, *args: object, **kwargs: object) -> None:
         """Also find the towers' attention layers in the KV cache."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
@@ -99,7 +101,7 @@ class RoutesSteps:
         places, ids = batch.num_computed_tokens_cpu, runner.input_ids.np
         return [runner.drafter.known(name, int(places[i]), ids[ends[i] : ends[i + 1]]) for i, name in enumerate(batch.req_ids)]
 
-    def _calc_spec_decode_metadata(self, num_draft_tokens: Any, cu_num_tokens: Any) -> Any:
+    def _calc_spec_decode_metadata(self, num_draft_tokens: Numbers, cu_num_tokens: Numbers) -> SpecDecodeMetadata:
         """What is to be verified; where that is nothing, the one field that is read: the last token of each request."""
         runner: Any = self
         if num_draft_tokens.any():
@@ -107,13 +109,13 @@ class RoutesSteps:
         none, last = torch.zeros(0, dtype=torch.int32), torch.from_numpy(cu_num_tokens - 1).to(runner.device)
         return SpecDecodeMetadata(none, num_draft_tokens.tolist(), none, none, none, none, last)
 
-    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         """Without drafts to verify, sample as vLLM does without speculation: nobody pays for what others use."""
         if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
             spec_decode_metadata = None
         return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
 
-    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
         """The drafter itself keeps each request within the context; vLLM would stop drafting for all near one's end."""
         return common_attn_metadata is not None
 
@@ -134,7 +136,7 @@ class RoutedGPUModelRunner(RoutesSteps, GPUModelRunner):
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
     original = getattr(module, name)
     overwrite(module, name, value)
     try:

@@ -2,16 +2,21 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from memdec.decoders import parallel
+from memdec.decoders.base_labels import write_base_labels
+from memdec.decoders.build_options import ONLY_INIT, BuildOptions
 from memdec.decoders.corpus import Corpus
+from memdec.decoders.curve import VALIDATED, Curve, write_validation
 from memdec.decoders.datastore import PIECE, write_datastore
-from memdec.decoders.decoder import write_control, write_decoder
-from memdec.decoders.knn_targets import KEPT, KINDS, TUNED_ON, write_targets
+from memdec.decoders.decoder import Run, write_control, write_decoder, write_mixed
+from memdec.decoders.knn_targets import KEPT, TUNED_ON, write_targets
 from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned, write_near_duplicates
@@ -22,53 +27,11 @@ from memdec.decoders.reading.errors import OptionError
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
 from memdec.decoders.reading.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.reading.weights import check_weights, fingerprint_model
+from memdec.decoders.start import Start, chosen_layers, layers_of
 from memdec.decoders.teacher import write_student, write_tuned
-from memdec.decoders.tokens import load_tokens, write_tokens
-from memdec.decoders.train import Schedule
+from memdec.decoders.tokens import end_of_document, load_tokens, write_tokens
 
-LEAST_ENTRIES = 2_000  # more than the longest training window, 1,025 tokens with its last label
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Every knob of a build. The field names are the flags."""
-
-    teacher_tokens: int = field(default=1_000_000, metadata={"help": "tokens that tune the teacher on the domain"})
-    entries: int = field(default=1_500_000, metadata={"help": "datastore entries at most"})
-    neighbours: int = field(default=256, metadata={"help": "largest k tried: how many neighbours a kNN distribution is made of"})
-    student_tokens: int = field(default=3_000_000, metadata={"help": "decoder training on the labels alone, tokens"})
-    knn_tokens: int = field(default=1_500_000, metadata={"help": "decoder training on the kNN targets, tokens"})
-    targets: str = field(
-        default="knn-lm", metadata={"help": "what is imitated: knn-lm, neighbours and teacher mixed, or knn, the neighbours alone"}
-    )
-    beta: float = field(default=0.5, metadata={"help": "weight of the kNN term in the loss (paper, eq. 6)"})
-    seed: int = field(default=0, metadata={"help": "seed of weights and order"})
-    licence: str = field(default="not stated", metadata={"help": "licence of the corpus's text, recorded in the package"})
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and name != "seed" and value < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {value}: wanted a whole number above 0")
-        if self.entries < LEAST_ENTRIES:
-            raise OptionError(f"--entries {self.entries}: wanted at least {LEAST_ENTRIES:,}")
-        if self.seed < 0:
-            raise OptionError(f"--seed {self.seed}: wanted a whole number, 0 or above")
-        if not 0 <= self.beta <= 1:
-            raise OptionError(f"--beta {self.beta}: wanted a number from 0 to 1")
-        if self.targets not in KINDS:
-            raise OptionError(f"--targets {self.targets}: wanted {' or '.join(KINDS)}")
-
-    def teacher_schedule(self) -> Schedule:
-        """Schedule of the teacher: small batches, because in a short training more steps help more than less noisy gradients."""
-        return Schedule(self.teacher_tokens, batch=4, seed=self.seed, matrix_lr=0.01, other_lr=2e-3, stretched=0.0)
-
-    def student_schedule(self) -> Schedule:
-        """Schedule of the student: a short cooldown, because the second phase cools down again, for longer."""
-        return Schedule(self.student_tokens, batch=4, seed=self.seed, cooldown=0.2)
-
-    def knn_schedule(self) -> Schedule:
-        """Schedule of the second phase: of the decoder, and of the control that is trained on the labels alone."""
-        return Schedule(self.knn_tokens, batch=8, seed=self.seed + 1, cooldown=0.9)
+DEFAULTS = BuildOptions()
 
 
 @dataclass(frozen=True)
@@ -83,12 +46,14 @@ class Build:
     """Where the package goes."""
     work: Path
     """Folder of the intermediate artifacts."""
-    options: BuildOptions = BuildOptions()
+    options: BuildOptions = DEFAULTS
     teacher: Path | None = None
     """Model from which the teacher is tuned; the base if None."""
     beside: tuple[Path, ...] = ()
     """Further bases for which lambda is tuned and perplexity measured."""
     shape: Shape = DECODER
+    init: Path | None = None
+    """Pretrained model that the student starts from; None: fresh weights of `shape`."""
 
     def check(self) -> None:
         """Raise OptionError or PackageError, one line, before anything is made."""
@@ -97,8 +62,13 @@ class Build:
         refuse_foreign(self.out)
         if self.work.exists() and not self.work.is_dir():
             raise OptionError(f"--work {self.work}: is not a folder")
+        if self.init is None:
+            self.options.refuse(ONLY_INIT, "the decoder has fresh weights without --init")
+        if self.options.loss != "knn" and self.teacher is not None:
+            raise OptionError(f"--teacher {self.teacher}: would have no effect; --loss {self.options.loss} has no datastore")
         tokenizer = None
-        models = {"--base": [self.base], "--teacher": [self.teacher] if self.teacher else [], "--beside": [*self.beside]}
+        single = {"--init": self.init, "--teacher": self.teacher}
+        models = {"--base": [self.base], "--beside": [*self.beside], **{flag: [path] for flag, path in single.items() if path}}
         kept = [(flag, p) for flag, folders in models.items() for p in folders] + [("--work", self.work), ("--corpus", self.corpus.root)]
         for flag, path in kept:  # writing the package replaces all of --out
             if self.out.resolve() in (path.resolve(), *path.resolve().parents):
@@ -110,10 +80,14 @@ class Build:
             theirs = load_tokenizer(model)
             tokenizer = tokenizer or theirs
             require_same_token_map(tokenizer, theirs, f"{flag} {model}")
+        if self.init is not None:
+            chosen_layers(self.options.init_layers, layers_of(self.init))
 
     def run(self, until: str = "package") -> Path:
         """Make every artifact up to stage `until`, reusing fresh ones; returns the folder of the last."""
         self.check()
+        if until in ("teacher", "datastore", "knn-targets") and self.options.loss != "knn":
+            raise OptionError(f"--loss {self.options.loss}: a build with it has no stage {until}")
         path = self.work
         with alone(self.work):
             for name, path in self.stages():  # noqa: B007
@@ -123,8 +97,7 @@ class Build:
 
     def stages(self) -> Iterator[tuple[str, Path]]:
         """Make one artifact after the other; yields (stage, folder)."""
-        work, options, made = self.work, self.options, versions()
-        tokenizer = load_tokenizer(self.base)
+        work, tokenizer = self.work, load_tokenizer(self.base)
         if parallel.rank() == 0:
             print(f"corpus {self.corpus.name}: reading", flush=True)
         text = self.corpus.fingerprint()
@@ -132,19 +105,29 @@ class Build:
         cleaned = write_near_duplicates(work / "near_duplicates", self.corpus, inputs)
         yield "near-duplicates", cleaned
 
-        inputs = {"cleaned": fingerprint(inputs), "token_map": token_map_hash(tokenizer)}
+        inputs = {"cleaned": fingerprint(inputs), "token_map": token_map_hash(tokenizer), **_other_end(tokenizer)}
         tokens = write_tokens(work / "tokens", Cleaned.open(self.corpus, cleaned), tokenizer, inputs)
         yield "tokens", tokens
 
-        tokenized, source = fingerprint(inputs), self.teacher or self.base
+        tokenized, decoder = fingerprint(inputs), work / "decoder"
+        for name, path, made in self._retrieverless(tokens, tokenized) if self.options.loss != "knn" else self._imitated(tokens, tokenized):
+            inputs = made
+            yield name, path
+        bases = [fingerprint_model(b) for b in (self.base, *self.beside)]
+        inputs = {"decoder": fingerprint(inputs), "domain": self.domain, "bases": bases, "licence": self.options.licence}
+        yield "package", self._package(decoder, tokens, text, inputs)
+
+    def _imitated(self, tokens: Path, tokenized: str) -> Iterator[tuple[str, Path, Manifest]]:
+        """The stages of a decoder that imitates a retriever, each with its inputs."""
+        work, options, source = self.work, self.options, self.teacher or self.base
         tuning = options.teacher_schedule()
-        inputs = {"tokens": tokenized, "base": fingerprint_model(source), "schedule": tuning.to_dict(), "versions": made}
-        teacher = write_tuned(work / "teacher", tokens, source, tuning, inputs)
-        yield "teacher", teacher
+        inputs: Manifest = {"tokens": tokenized, "base": fingerprint_model(source), "schedule": tuning.to_dict(), "versions": versions()}
+        teacher = write_tuned(work / "teacher", tokens, source, tuning, inputs) if options.teacher_tokens else source
+        yield "teacher", teacher, inputs
 
         inputs = {"teacher": fingerprint(inputs), "entries": options.entries, "pieces": PIECE}
         store = write_datastore(work / "datastore", tokens, teacher, options.entries, inputs)
-        yield "datastore", store
+        yield "datastore", store, inputs
 
         inputs = {
             "datastore": fingerprint(inputs),
@@ -154,27 +137,67 @@ class Build:
             "tuned_on": TUNED_ON,
         }
         targets = write_targets(work / "knn_targets", store, teacher, tokens, options.neighbours, options.targets, inputs)
-        yield "knn-targets", targets
+        yield "knn-targets", targets, inputs
 
-        imitated, first = fingerprint(inputs), options.student_schedule()
-        inputs = {"tokens": tokenized, "shape": asdict(self.shape), "schedule": first.to_dict(), "versions": made}
-        student = write_student(work / "student", tokens, self.base, self.shape, first, inputs)
-        yield "student", student
+        imitated = fingerprint(inputs)
+        student, inputs = self._student(tokens, tokenized)
+        yield "student", student, inputs
 
-        second = options.knn_schedule()
-        inputs = {"targets": imitated, "student": fingerprint(inputs), "schedule": second.to_dict(), "beta": options.beta}
-        decoder = write_decoder(work / "decoder", store, targets, student, second, options.beta, inputs)
-        yield "decoder", decoder
+        run = self._second(student, tokens, tokenized)
+        inputs = {"targets": imitated, "student": fingerprint(inputs), "schedule": run.schedule.to_dict(), "beta": options.beta}
+        yield "decoder", write_decoder(work / "decoder", store, targets, run, options.beta, inputs), inputs
 
-        bases = [fingerprint_model(b) for b in (self.base, *self.beside)]
-        inputs = {"decoder": fingerprint(inputs), "domain": self.domain, "bases": bases, "licence": options.licence}
-        yield "package", self._package(decoder, tokens, text, inputs)
+    def _retrieverless(self, tokens: Path, tokenized: str) -> Iterator[tuple[str, Path, Manifest]]:
+        """The stages of a decoder that is trained on labels, or for the mixture with the base, each with its inputs."""
+        work, options = self.work, self.options
+        student, started = self._student(tokens, tokenized)
+        yield "student", student, started
+
+        if options.loss == "labels":
+            run = self._second(student, tokens, tokenized)
+            inputs: Manifest = {"student": fingerprint(started), "schedule": run.schedule.to_dict()}
+            yield "decoder", write_control(work / "decoder", tokens, run, inputs), inputs
+            return
+        inputs = {"tokens": tokenized, "base": fingerprint_model(self.base), "entries": options.entries, "versions": versions()}
+        labels = write_base_labels(work / "base_labels", tokens, self.base, options.entries, inputs)
+        yield "base-labels", labels, inputs
+
+        run = self._second(student, tokens, tokenized)
+        inputs = {"labels": fingerprint(inputs), "student": fingerprint(started), "schedule": run.schedule.to_dict()}
+        inputs["lambda"] = options.mixture_lambda
+        yield "decoder", write_mixed(work / "decoder", labels, options.mixture_lambda, run, inputs), inputs
+
+    def _student(self, tokens: Path, tokenized: str) -> tuple[Path, Manifest]:
+        """Make the student: from a pretrained model's layers, or with fresh weights. Returns its folder and its inputs."""
+        options, out = self.options, self.work / "student"
+        schedule = options.student_schedule(self.init is not None)
+        inputs: Manifest = {"tokens": tokenized, "schedule": schedule.to_dict(), "versions": versions()}
+        if self.init is None:
+            inputs["shape"] = asdict(self.shape)
+            return write_student(out, tokens, self.base, self.shape, schedule, inputs, self._curve(tokens, tokenized)), inputs
+        inputs |= {"init": fingerprint_model(self.init), "layers": options.init_layers, "base": fingerprint_model(self.base)}
+        inputs["min_count"] = options.min_count
+        start = Start(self.init, options.init_layers, self.base, options.min_count)
+        return start.write(out, tokens, schedule, inputs, self._curve(tokens, tokenized)), inputs
+
+    def _second(self, student: Path, tokens: Path, tokenized: str) -> Run:
+        """How the second phase of training is run."""
+        frozen = self.base if self.init is not None else None
+        return Run(student, self.options.knn_schedule(self.init is not None), frozen, self._curve(tokens, tokenized))
+
+    def _curve(self, tokens: Path, tokenized: str) -> Curve | None:
+        """What trainings measure as they go, if anything."""
+        if not self.options.validate_every:
+            return None
+        inputs: Manifest = {"tokens": tokenized, "base": fingerprint_model(self.base), "windows": VALIDATED}
+        return Curve.open(write_validation(self.work / "validation", tokens, self.base, inputs), tokens, self.options.validate_every)
 
     def control(self, tokens: Path) -> Path:
         """Train the control beside the decoder; see `write_control`. Returns its folder."""
-        schedule = self.options.knn_schedule()
+        schedule = self.options.knn_schedule(self.init is not None)
         inputs = {"student": fingerprint(read_manifest(self.work / "student")["inputs"]), "schedule": schedule.to_dict()}
-        return write_control(self.work / "control", tokens, self.work / "student", schedule, inputs)
+        run = Run(self.work / "student", schedule, self.base if self.init is not None else None)
+        return write_control(self.work / "control", tokens, run, inputs)
 
     def _package(self, decoder: Path, tokens: Path, text: str, inputs: Manifest) -> Path:
         if is_fresh(self.out, inputs):
@@ -187,16 +210,31 @@ class Build:
             bases[fingerprint_model(base)] = {"name": base.resolve().name, **figures}
             if parallel.rank() == 0:
                 print(table([{"domain": self.domain, "beside": base.resolve().name, **figures}]))
-        made = ("near_duplicates", "tokens", "teacher", "datastore", "knn_targets", "student", "decoder")
-        tuned = json.loads((self.work / "knn_targets" / "tuned.json").read_text())
+        seconds = {name: read_manifest(self.work / name)["seconds"] for name in self._made()}
         training = {
             "corpus": {"name": self.corpus.name, "fingerprint": text, "licence": self.options.licence},
             "options": {name: value for name, value in asdict(self.options).items() if name != "licence"},
-            "tuned": {"k": tuned["neighbours"], "tau": tuned["tau"], "lambda": tuned["lam"]},  # of the kNN-LM that was imitated
-            "seconds": {name: read_manifest(self.work / name)["seconds"] for name in made},
+            "seconds": seconds,
             "versions": versions(),
         }
+        if self.options.loss == "knn":
+            tuned = json.loads((self.work / "knn_targets" / "tuned.json").read_text())  # of the kNN-LM that was imitated
+            training["tuned"] = {"k": tuned["neighbours"], "tau": tuned["tau"], "lambda": tuned["lam"]}
+        if self.init is not None:
+            training["init"] = {"name": self.init.resolve().name, "revision": fingerprint_model(self.init)}
         return write_package(self.out, decoder, self.domain, bases, training, inputs)
+
+    def _made(self) -> tuple[str, ...]:
+        """The folders of the stages before the package."""
+        retriever = ("teacher", "datastore", "knn_targets") if self.options.teacher_tokens else ("datastore", "knn_targets")
+        between = {"knn": (*retriever, "student"), "mixture": ("student", "base_labels"), "labels": ("student",)}[self.options.loss]
+        return ("near_duplicates", "tokens", *between, "decoder")
+
+
+def _other_end(tokenizer: PreTrainedTokenizerBase) -> Manifest:
+    """The end of a document, as a part of the tokens' inputs, where it isn't the tokenizer's own."""
+    end = end_of_document(tokenizer)
+    return {} if end == tokenizer.eos_token_id else {"end": end}
 
 
 def versions() -> dict[str, Any]:

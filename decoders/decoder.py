@@ -1,4 +1,4 @@
-"""Stage 7: the memory decoder: the student, trained on to imitate the kNN distributions."""
+"""Stage 7: the memory decoder: the student, trained on to imitate the kNN distributions, or for the mixture with the base."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,12 @@ from memdec.decoders import parallel
 from memdec.decoders.loss import soft_targets
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.models import load_model, save_model
+from memdec.decoders.objectives import LABELS, Imitation, Mixture, Objective
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.tokenizer import load_tokenizer
+from memdec.decoders.start import freeze_embeddings
 from memdec.decoders.tokens import load_tokens
-from memdec.decoders.train import Schedule, Targets, plain_targets, train
+from memdec.decoders.train import Schedule, Validation, train
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,43 @@ class KnnTargets:
         return soft_targets(labels.reshape(-1).cpu(), torch.from_numpy(ids), torch.from_numpy(probs), self.beta)
 
 
-def write_decoder(out: Path, store: Path, targets: Path, student: Path, schedule: Schedule, beta: float, manifest: Manifest) -> Path:
+@dataclass(frozen=True)
+class Run:
+    """How a second phase of training is run: from which student, and what is measured meanwhile."""
+
+    student: Path
+    schedule: Schedule
+    base: Path | None = None
+    """Where the student started from a pretrained model: the base, whose embeddings it doesn't train."""
+    curve: Validation | None = None
+
+    def write(self, out: Path, ids: Ids, objective: Objective, manifest: Manifest) -> Path:
+        """Train on `ids` [tokens] and write a Hugging Face folder in bfloat16."""
+        with stage(out, manifest) as folder:
+            if folder is not None:
+                model = load_model(self.student)
+                if self.base is not None:
+                    freeze_embeddings(model, self.base)
+                train(model, ids, self.schedule, out.name, objective, folder, self.curve)
+                if parallel.rank() == 0:
+                    save_model(model, folder, load_tokenizer(self.student), torch.bfloat16)
+        return out
+
+
+def write_decoder(out: Path, store: Path, targets: Path, run: Run, beta: float, manifest: Manifest) -> Path:
     """Train the student on beta * kNN + (1 - beta) * labels (arXiv 2508.09874, eq. 6), over the text that the datastore covers."""
-    return _train_on(out, student, np.load(store / "tokens.npy", mmap_mode="r"), schedule, KnnTargets.open(targets, beta), manifest)
+    return run.write(out, np.load(store / "tokens.npy", mmap_mode="r"), Imitation(KnnTargets.open(targets, beta)), manifest)
 
 
-def write_control(out: Path, tokens: Path, student: Path, schedule: Schedule, manifest: Manifest) -> Path:
+def write_mixed(out: Path, labels: Path, lam: float, run: Run, manifest: Manifest) -> Path:
+    """Train the student on the loss of the mixture, lam * p_mem + (1 - lam) * p_base, over the text that base labels cover."""
+    mixture = Mixture(np.load(labels / "logprobs.npy", mmap_mode="r"), lam)
+    return run.write(out, np.load(labels / "tokens.npy", mmap_mode="r"), mixture, manifest)
+
+
+def write_control(out: Path, tokens: Path, run: Run, manifest: Manifest) -> Path:
     """The sceptic's control: the decoder's twin, from the same student, for as many tokens, on the labels alone.
 
     It needs no datastore, so it gets all of the training text.
     """
-    return _train_on(out, student, load_tokens(tokens, "train"), schedule, plain_targets, manifest)
-
-
-def _train_on(out: Path, student: Path, ids: Ids, schedule: Schedule, targets: Targets, manifest: Manifest) -> Path:
-    with stage(out, manifest) as folder:
-        if folder is not None:
-            model = load_model(student)
-            train(model, ids, schedule, out.name, targets=targets, folder=folder)
-            if parallel.rank() == 0:
-                save_model(model, folder, load_tokenizer(student), torch.bfloat16)
-    return out
+    return run.write(out, load_tokens(tokens, "train"), LABELS, manifest)

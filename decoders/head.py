@@ -5,12 +5,13 @@ Training and the kNN targets need logits of chosen rows only, from hidden states
 the logits of a short probe, which it must reproduce.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memdec.decoders.models import OUTSIDE
 from memdec.decoders.reading.errors import PackageError
 
 PROBED = 32  # tokens of the sequence whose logits are compared
@@ -31,6 +32,10 @@ class Head:
     bias: Tensor | None = None
     """[V]."""
     scale: float = 1.0
+    rows: Tensor | None = None
+    """Ids of the tokens that can be predicted, [v]; None: all. The fused losses then see these alone."""
+    places: Tensor | None = None
+    """Each token's place among `rows`, [V]; -1: it has none."""
 
     @classmethod
     @torch.no_grad()
@@ -53,13 +58,26 @@ class Head:
             )
         return cls(weight, bias, scale)
 
+    def restricted(self) -> "Head":
+        """The same head over the tokens that its bias doesn't rule out: what the others cost is saved."""
+        if self.bias is None or not bool((ruled_out := self.bias <= OUTSIDE / 2).any()):
+            return self
+        rows = (~ruled_out).nonzero()[:, 0]
+        places = torch.full((len(self.bias),), -1, device=rows.device)
+        places[rows] = torch.arange(len(rows), device=rows.device)
+        bias = self.bias if bool(self.bias[rows].any()) else None
+        return replace(self, bias=bias, rows=rows, places=places)
+
     def operands(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Hidden states [n, H'] and weight [V, H'] in `dtype`, whose product is the logits; for the fused loss."""
+        """Hidden states [n, H'] and weight [V, H'] (or of `rows` alone) in `dtype`, whose product is the logits; for the fused losses."""
         hidden = hidden if self.scale == 1 else hidden * self.scale
-        hidden, weight = hidden.to(dtype), self.weight.to(dtype)
-        if self.bias is None:
+        weight, bias = self.weight, self.bias
+        if self.rows is not None:
+            weight, bias = weight[self.rows], None if bias is None else bias[self.rows]
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if bias is None:
             return hidden, weight
-        return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([weight, self.bias.to(dtype)[:, None]], 1)
+        return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([weight, bias.to(dtype)[:, None]], 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, H]."""

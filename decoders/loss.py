@@ -15,6 +15,7 @@ docs/experiments.md.) The full [tokens, vocabulary] matrix is made chunk by chun
 the forward pass.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class _FusedSparseCrossEntropy(torch.autograd.Function):
         rows = hidden.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros(weight.shape if trained else (), dtype=torch.float32, device=weight.device)
         rest = (1 - probs.sum(1, keepdim=True)).clamp_min(0)
         any_rest = bool(rest.any())
         for start in range(0, rows, CHUNK):
@@ -62,11 +64,56 @@ class _FusedSparseCrossEntropy(torch.autograd.Function):
                 p.mul_(1 - rest[part] / mass).scatter_(1, ids[part], named)
             residual = p.scatter_add_(1, ids[part], -probs[part]).div_(rows).to(hidden.dtype)
             grad_hidden[part] = residual @ weight
-            grad_weight += residual.T @ hidden[part]
+            if trained:
+                grad_weight += residual.T @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total / rows
+        return total / max(rows, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_weight * grads[0].to(grad_weight.dtype), None, None
+        return *_gradients(ctx, grads[0]), None, None
+
+
+def mixture_loss(hidden: Tensor, weight: Tensor, labels: Tensor, base: Tensor, lam: float) -> Tensor:
+    """Mean over rows of -log(lam * p(label) + (1 - lam) * p_base(label)), with p = softmax(hidden @ weight.T).
+
+    hidden [N, H] and weight [V, H] share a dtype; labels [N] int64; base [N] float32: log p_base(label). Returns a float32 scalar.
+    """
+    loss: Tensor = _FusedMixtureLoss.apply(hidden, weight, labels, base, lam)
+    return loss
+
+
+class _FusedMixtureLoss(torch.autograd.Function):
+    """The gradient is that of the plain cross-entropy times the memory's share of the mixture's probability, row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, base: Tensor, lam: float) -> Tensor:
+        rows = hidden.shape[0]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden, trained = torch.empty_like(hidden), ctx.needs_input_grad[1]
+        grad_weight = torch.zeros(weight.shape if trained else (), dtype=torch.float32, device=weight.device)
+        for start in range(0, rows, CHUNK):
+            part = slice(start, start + CHUNK)
+            own = labels[part, None]
+            p = (hidden[part] @ weight.T).float().log_softmax(1)
+            ours = p.gather(1, own)[:, 0] + math.log(lam)
+            both = torch.logaddexp(ours, base[part] + math.log1p(-lam))
+            total -= both.sum()
+            p.exp_().scatter_add_(1, own, p.new_full(own.shape, -1.0))
+            residual = p.mul_((ours - both).exp_()[:, None]).div_(rows).to(hidden.dtype)
+            grad_hidden[part] = residual @ weight
+            if trained:
+                grad_weight += residual.T @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total / max(rows, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grads[0]), None, None, None
+
+
+def _gradients(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of hidden states and weight that a forward pass has saved, times `scale`."""
+    grad_hidden, grad_weight = ctx.saved_tensors
+    weight = grad_weight * scale.to(grad_weight.dtype) if ctx.needs_input_grad[1] else None
+    return grad_hidden * scale.to(grad_hidden.dtype), weight

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from memdec.decoders.models import OUTSIDE
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.train import keep_freed_memory, progress
 
@@ -96,11 +97,15 @@ def measure(base: PreTrainedModel, memory: PreTrainedModel, valid: Ids, test: Id
     v, t = windows(len(valid), MEASURED), windows(len(test), MEASURED)
     lam = best_lambda(label_logprobs(base, valid, "valid base", v), label_logprobs(memory, valid, "valid memory", v))
     ours, theirs = label_logprobs(base, test, "test base", t), label_logprobs(memory, test, "test memory", t)
-    return {
-        "lambda": lam,
-        "base": round(perplexity(ours), 3),
-        "memory": round(perplexity(theirs), 3),
-        "mixture": round(perplexity(mix(ours, theirs, lam)), 3),
-        "tokens": len(ours),
-        "window": WINDOW,
+    return {"lambda": lam, **figures(ours, theirs, lam), "tokens": len(ours), "window": WINDOW}
+
+
+def figures(base: Floats, memory: Floats, lam: float) -> dict[str, float]:
+    """Perplexities of tokens [n] scored under both; `memory` on those that it can predict, whose share is `covered` if it isn't 1."""
+    known = memory > OUTSIDE / 2
+    made = {
+        "base": round(perplexity(base), 3),
+        "memory": round(perplexity(memory[known]) if known.any() else float("inf"), 3),
+        "mixture": round(perplexity(mix(base, memory, lam)), 3),
     }
+    return made if known.all() else {**made, "covered": round(float(known.mean()), 4)}

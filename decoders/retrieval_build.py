@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from memdec.decoders import parallel
-from memdec.decoders.build import LEAST_ENTRIES, Build
+from memdec.decoders.build import Build
+from memdec.decoders.build_options import LEAST_ENTRIES
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import PIECE, spread, write_datastore, write_index
 from memdec.decoders.knn_lm import Tuned, tune

@@ -14,7 +14,7 @@ from memdec.decoders.models import load_model, save_model
 from memdec.decoders.pretrain import Shape, new_model
 from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.tokens import load_tokens
-from memdec.decoders.train import Schedule, train
+from memdec.decoders.train import Schedule, Validation, train
 
 
 def write_tuned(out: Path, tokens: Path, base: Path, schedule: Schedule, manifest: Manifest) -> Path:
@@ -28,13 +28,15 @@ def write_tuned(out: Path, tokens: Path, base: Path, schedule: Schedule, manifes
     return out
 
 
-def write_student(out: Path, tokens: Path, tokenizer: Path, shape: Shape, schedule: Schedule, manifest: Manifest) -> Path:
+def write_student(
+    out: Path, tokens: Path, tokenizer: Path, shape: Shape, schedule: Schedule, manifest: Manifest, curve: Validation | None = None
+) -> Path:
     """Train a model of the decoder's shape on the domain from random weights; write a Hugging Face folder in float32."""
     with stage(out, manifest) as folder:
         if folder is not None:
             vocabulary = load_tokenizer(tokenizer)
             model = new_model(shape, vocabulary, schedule.seed)
-            train(model, load_tokens(tokens, "train"), schedule, out.name, folder=folder)
+            train(model, load_tokens(tokens, "train"), schedule, out.name, folder=folder, curve=curve)
             if parallel.rank() == 0:
                 save_model(model, folder, vocabulary, torch.float32)
     return out

@@ -1,4 +1,4 @@
-"""Stage 2: tokenize the corpus: one flat array of token ids per split, with `<|endoftext|>` after each document.
+"""Stage 2: tokenize the corpus: one flat array of token ids per split, with `<|endoftext|>` (or the tokenizer's own end) after each document.
 
 Later artifacts (datastore entries, kNN targets) are indexed by positions in it.
 `<split>.ends.npy` holds the position after each document, its end-of-text included.
@@ -19,6 +19,7 @@ from memdec.decoders.arrays import GrowingArray
 from memdec.decoders.corpus import SPLITS
 from memdec.decoders.manifest import Bookmark, Manifest, stage
 from memdec.decoders.near_duplicates import Cleaned
+from memdec.decoders.new_tokenizer import END_OF_TEXT
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.errors import CorpusError
 
@@ -47,13 +48,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], folder:
 
     Special tokens spelled out in the text are tokenized as ordinary text.
     """
-    mark = Bookmark(folder, split)
+    mark, last = Bookmark(folder, split), end_of_document(tokenizer)
     ids = GrowingArray(folder / f"{split}.npy", np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32, mark.place.get("tokens", 0))
     ends = GrowingArray(folder / f"{split}.ends.npy", np.int64, mark.place.get("documents", 0))
     with tqdm(desc=f"tokens {split}", unit=" documents", initial=ends.length) as bar:
         for batch in _batched(islice(documents, ends.length, None)):
             for row in tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
-                ids.append(np.array([*row, tokenizer.eos_token_id]))
+                ids.append(np.array([*row, last]))
                 ends.append(np.array([ids.length]))
             bar.update(len(batch))
             if mark.due:
@@ -64,6 +65,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], folder:
     ends.close()
     mark.move(tokens=ids.length, documents=ends.length)
     return ids.length
+
+
+def end_of_document(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the token that ends a document: END_OF_TEXT where the tokenizer has it, since a chat model's own end token ends a turn."""
+    end: int | None = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+    return end
 
 
 def load_tokens(folder: Path, split: str) -> Ids:

@@ -6,28 +6,35 @@ import errno
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from memdec.decoders import parallel
 from memdec.decoders.head import Head
-from memdec.decoders.loss import sparse_cross_entropy
-from memdec.decoders.manifest import BOOKMARK
+from memdec.decoders.manifest import BOOKMARK, write_whole
+from memdec.decoders.objectives import LABELS, Objective
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.errors import CorpusError, OptionError
 from memdec.decoders.reading.tokenizer import first_line
 
-# windows' start positions [B], their labels [B, T] -> sparse targets: ids and probs, each [B * T, K]
-Targets = Callable[[NDArray[np.int64], Tensor], tuple[Tensor, Tensor]]
+
+class Validation(Protocol):
+    """A learning curve: what is measured while a model trains."""
+
+    @property
+    def every(self) -> int:
+        """Training tokens from one measurement to the next."""
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Figures of a model in training mode, which it keeps."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Schedule:
     stretched: float = 0.1
     """Share of the steps, at the end, whose windows are twice as long and half as many, so that the model learns long contexts too."""
     matrix_lr: float = 0.02
-    """Peak learning rate of the hidden matrices (Muon)."""
+    """Peak learning rate of the hidden matrices (Muon); 0: AdamW trains them too, at the rate of the rest."""
     other_lr: float = 3e-3
     """Peak learning rate of embeddings, norms and biases (AdamW)."""
     warmup: float = 0.02
@@ -68,6 +75,11 @@ class Schedule:
             return self.batch, self.window
         return max(1, self.batch // 2), 2 * self.window
 
+    def passes(self, step: int, every: int) -> bool:
+        """Whether a step reaches the next multiple of `every` tokens, or is the last."""
+        size = self.window * self.batch
+        return (step + 1) * size // every > step * size // every or step == self.steps - 1
+
     def rate(self, step: int) -> float:
         """Learning-rate factor at a step, from 0 to 1: a trapezoid of warm-up, constant rate and cooldown."""
         up = (step + 1) / max(1, self.warmup * self.steps)
@@ -75,20 +87,21 @@ class Schedule:
         return min(1.0, up, down)
 
 
-def plain_targets(_starts: NDArray[np.int64], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets of ordinary language modelling: all mass on the next token."""
-    ids = labels.reshape(-1, 1)
-    return ids, torch.ones(ids.shape)
-
-
 def train(
-    model: PreTrainedModel, ids: Ids, schedule: Schedule, what: str, targets: Targets = plain_targets, folder: Path | None = None
+    model: PreTrainedModel,
+    ids: Ids,
+    schedule: Schedule,
+    what: str,
+    objective: Objective = LABELS,
+    folder: Path | None = None,
+    curve: Validation | None = None,
 ) -> None:
     """Train `model` in place on the flat token array `ids` [tokens]; ends in eval mode.
 
     Uses bf16 autocast where that is fast, Muon for hidden matrices (torch.optim.Muon) and AdamW for the rest. With a `folder`,
-    a JSON line every 20 steps goes to `<what>.jsonl` there, and a checkpoint is saved every `Checkpoint.SECONDS`; a run that is killed
-    and started again resumes from it and ends with the same weights. Under torchrun every process takes its share of each batch.
+    a JSON line every 20 steps goes to `<what>.jsonl` there, a checkpoint is saved every `Checkpoint.SECONDS`, and what `curve` measures
+    goes to `<what>.curve.jsonl`, with tokens and seconds of training; a run that is killed and started again resumes from the checkpoint
+    and ends with the same weights. Under torchrun every process takes its share of each batch.
     """
     device = next(model.parameters()).device
     precision = fast_precision(device)
@@ -100,7 +113,7 @@ def train(
     if len(ids) <= 2 * schedule.window + 1:
         raise CorpusError(f"{what}: {len(ids):,} tokens to train on, wanted more than {2 * schedule.window + 1:,}")
     checkpoint = Checkpoint(folder, what, model, optimizers, batches)
-    head = Head.of(model.eval())
+    head = Head.of(model.eval()).restricted()
     model.train()
     length = schedule.steps * schedule.window * schedule.batch
     first = checkpoint.load()
@@ -112,9 +125,7 @@ def train(
             windows = torch.from_numpy(np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64)).to(device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 hidden = model.base_model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
-            target_ids, target_probs = targets(starts, windows[:, 1:])
-            flat, weight = head.operands(hidden.reshape(-1, hidden.shape[-1]), precision)
-            loss = sparse_cross_entropy(flat, weight, target_ids.to(device), target_probs.to(device))
+            loss = objective(head, hidden.reshape(-1, hidden.shape[-1]), starts, windows[:, 1:], precision)
             (loss * (len(starts) * parallel.world() / len(taken))).backward()
             parallel.average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -130,6 +141,8 @@ def train(
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 if not math.isfinite(loss.item()):
                     raise OptionError(f"{what}: the loss became {loss.item()} at step {step}; a lower learning rate is wanted")
+            if curve is not None and parallel.rank() == 0 and schedule.passes(step, curve.every):
+                checkpoint.measured(curve.measure(model), (step + 1) * schedule.window * schedule.batch)
             checkpoint.save_if_due(step + 1)
     checkpoint.finish()
     model.eval()
@@ -148,19 +161,27 @@ class Checkpoint:
         self.log = folder / f"{name}.jsonl" if folder else None
         self.model, self.optimizers, self.batches = model, optimizers, batches
         self.history: list[dict[str, float]] = []
-        self.saved = time.monotonic()
+        self.curve: list[dict[str, float]] = []
+        self.curve_file = folder / f"{name}.curve.jsonl" if folder else None
+        self.saved = self.started = time.monotonic()
 
     def load(self) -> int:
         """Take over what a killed run saved; returns the number of steps that are done."""
         if self.path is None or not self.path.is_file():
             return 0
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"], strict=False)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.batches.load(state["batches"])
-        self.history = state["history"]
+        self.history, self.curve = state["history"], state.get("curve", [])
+        self.started -= state.get("seconds", 0.0)
         return int(state["step"])
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """The model's state without the parameters that aren't trained."""
+        frozen = {p.data_ptr() for p in self.model.parameters() if not p.requires_grad}
+        return {name: value for name, value in self.model.state_dict().items() if value.data_ptr() not in frozen}
 
     def save_if_due(self, step: int) -> None:
         """Save once enough seconds have passed."""
@@ -168,10 +189,12 @@ class Checkpoint:
             return
         state = {
             "step": step,
-            "model": self.model.state_dict(),
+            "model": self._trained(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "batches": self.batches.state(),
             "history": self.history,
+            "curve": self.curve,
+            "seconds": time.monotonic() - self.started,
         }
         temporary = self.path.with_suffix(".new")
         try:
@@ -184,6 +207,12 @@ class Checkpoint:
         finally:
             temporary.unlink(missing_ok=True)
         self.saved = time.monotonic()
+
+    def measured(self, figures: dict[str, float], tokens: int) -> None:
+        """Note figures of the model after so many training tokens, and write the curve so far."""
+        self.curve.append({"tokens": tokens, "seconds": round(time.monotonic() - self.started), **figures})
+        if self.curve_file is not None:
+            write_whole(self.curve_file, "".join(json.dumps(row) + "\n" for row in self.curve))
 
     def finish(self) -> None:
         """Write the log. The checkpoint stays until its stage is finished."""
@@ -211,10 +240,12 @@ def keep_freed_memory() -> None:
 
 
 def _optimizers(model: PreTrainedModel, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks; AdamW for all other parameters, LoRA adapters included."""
-    embedding = model.get_input_embeddings().weight
+    """Muon for the matrices inside the blocks; AdamW for all other parameters, tables of positions and LoRA adapters included."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for n, p in trained.items() if p.ndim == 2 and p is not embedding and "lm_head" not in n and "lora_" not in n]
+    matrices = [p for n, p in trained.items() if p.ndim == 2 and id(p) not in tables and "lm_head" not in n and "lora_" not in n]
+    if not schedule.matrix_lr:
+        matrices = []
     chosen = {id(p) for p in matrices}
     others = [p for p in trained.values() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = []

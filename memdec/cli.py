@@ -59,7 +59,8 @@ def _run(words: list[str]) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from memdec.decoders import parallel
-    from memdec.decoders.build import Build, BuildOptions
+    from memdec.decoders.build import Build
+    from memdec.decoders.build_options import BuildOptions
     from memdec.decoders.corpus import Corpus
     from memdec.decoders.manifest import Bookmark
     from memdec.decoders.train import Checkpoint
@@ -69,7 +70,7 @@ def _build(args: argparse.Namespace) -> int:
     Bookmark.SECONDS = Checkpoint.SECONDS = args.checkpoint_every
     args.out, work = _folders(args)
     options = BuildOptions(**{f.name: getattr(args, f.name) for f in fields(BuildOptions)})
-    build = Build(args.name, Corpus.open(args.corpus), args.base, args.out, work, options, args.teacher, tuple(args.beside))
+    build = Build(args.name, Corpus.open(args.corpus), args.base, args.out, work, options, args.teacher, tuple(args.beside), init=args.init)
     made = build.run("package" if args.command == "build" else args.command)
     if parallel.rank() == 0:
         whole = args.command in ("build", "package")
@@ -227,10 +228,11 @@ def _add_ngram(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    from memdec.decoders.build import BuildOptions
+    from memdec.decoders.build_options import BuildOptions
 
     _add_source(parser)
     parser.add_argument("--teacher", type=Path, help="model that is tuned to embed the datastore (default: the base)")
+    parser.add_argument("--init", type=Path, help="pretrained model that the decoder starts from (default: fresh weights)")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="a further base to tune lambda beside; repeatable")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds of work a kill may cost (default: %(default)s)")
     flags.add(parser, BuildOptions)

@@ -11,6 +11,8 @@ import torch
 from offline import Row
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from memdec.decoders.models import attach_bias
+
 FLOAT32 = 1e-4  # largest difference of a log-probability allowed, in nats
 CODE = "def scale(self, x):\n    return x + 1\n"
 MIX: list[Row] = [  # prompt, domain, lambda: all domains and none, every kind of lambda, prompts longer and shorter than a chunk
@@ -27,8 +29,9 @@ MIX: list[Row] = [  # prompt, domain, lambda: all domains and none, every kind o
 @lru_cache
 def hugging_face(folder: Path, stored: torch.dtype) -> PreTrainedModel:
     """A toy whose weights were rounded to `stored`, computing in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=stored).float().eval()
-    return model
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=stored).eval()
+    attach_bias(model, folder)
+    return model.float()
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, start_server, stop_server
 
 from memdec.cli import _parser, main
-from memdec.decoders.build import BuildOptions
+from memdec.decoders.build_options import BuildOptions
 from memdec.decoders.reading.names import STAGES
 from memdec.server.api.access import NEEDS
 

@@ -1,11 +1,14 @@
 """Random toy models that share one tokenizer: made in seconds, wrong in no layer (norms and biases are random too)."""
 
+import shutil
 import sysconfig
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from memdec.decoders.models import OUTSIDE
 from memdec.decoders.new_tokenizer import train_tokenizer
 
 VOCABULARY = 1000
@@ -27,6 +30,16 @@ def make_toys(root: Path) -> Path:
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
+
+
+def with_vocabulary(model: Path, out: Path, share: float) -> Path:
+    """A copy of a toy that rules out all tokens but this share, by a bias of its output head."""
+    shutil.copytree(model, out)
+    weights = load_file(out / "model.safetensors")
+    ids = len(weights["model.embed_tokens.weight"])
+    weights["lm_head.bias"] = torch.where(torch.rand(ids, generator=torch.Generator().manual_seed(ids)) < share, 0.0, OUTSIDE)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
 
 
 def qwen(seed: int, rows: int, hidden: int, layers: int, heads: int, spread: float) -> PreTrainedModel:

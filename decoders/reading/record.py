@@ -65,6 +65,8 @@ class Figures(Strict):
     base: Perplexity | None = None
     memory: Perplexity | None = None
     mixture: Perplexity | None = None
+    covered: Lambda | None = None
+    """Share of the tokens that the memory can predict, on which `memory` is measured; absent: all."""
     tokens: Count | None = None
     window: Count | None = None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from memdec.decoders.build import BuildOptions
+from memdec.decoders.build_options import BuildOptions
 from memdec.decoders.corpus import STDLIB, Corpus
 from memdec.decoders.reading.errors import CorpusError, OptionError
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE

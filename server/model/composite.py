@@ -37,6 +37,7 @@ from memdec.server.model.replicated import replicated
 from memdec.server.model.routing import Group, StepRouting, positions_by_slot
 from memdec.server.model.stacked import StackedTower
 from memdec.server.model.timing import StepTimes
+from memdec.server.model.tower import Tower
 from memdec.server.retrieval.knn import KnnMemory, log_probabilities
 from memdec.server.routing.domains import NGRAM
 
@@ -75,11 +76,11 @@ class MemoryDecoderForCausalLM(nn.Module):
         tower_config = self._tower_config(vllm_config, self.memory_config)
         self.later = uncompiled(tower_config)
         """Configuration of the decoders that are loaded at run time, uncompiled: compiling one would delay all requests."""
-        towers = [self._tower(tower_config) for _ in self.paths]
+        towers: list[nn.Module] = [self._tower(tower_config) for _ in self.paths]
         share_attention(towers, vllm_config.compilation_config.static_forward_context)
         return towers
 
-    def _tower(self, config: VllmConfig) -> nn.Module:
+    def _tower(self, config: VllmConfig) -> Tower:
         """Build a decoder's model without its weights. Its attention layers are not shared yet.
 
         Its name is unique among layers and compiled code; it has no integer between dots, since vLLM takes that for the layer's number.
@@ -87,10 +88,9 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.built += 1
         name = maybe_prefix(self.prefix, f"memory_{self.built - 1}")
         with replicated(), set_model_tag(name):
-            tower: nn.Module = init_vllm_registered_model(config, prefix=name, hf_config=self.memory_config)
-        return tower
+            return Tower(init_vllm_registered_model(config, prefix=name, hf_config=self.memory_config), self.memory_ids)
 
-    def later_tower(self) -> nn.Module:
+    def later_tower(self) -> Tower:
         """Build the model of a decoder that is loaded while the engine runs, without its weights."""
         return self._tower(self.later)
 

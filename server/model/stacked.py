@@ -21,6 +21,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from memdec.server.in_place import overwrite
 from memdec.server.model.attention import share_attention
+from memdec.server.model.tower import LogitBias
 
 FEW = 4  # tokens up to which each is a block of its own: cheaper than to sort them
 NONE = -1
@@ -199,11 +200,24 @@ class PickedLayerNorm(nn.Module):
         return normed.to(x.dtype)
 
 
+class PickedLogitBias(nn.Module):
+    """The bias on each row's own decoder's logits."""
+
+    def __init__(self, tower: StackedTower, _layer: nn.Module, own: dict[str, str]) -> None:
+        super().__init__()
+        self.tower, self.own = tower, own
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits [n, V]."""
+        return logits + self.tower.pick(self.own["weight"], logits)
+
+
 PICKED: dict[type, Callable[..., nn.Module]] = {
     RMSNorm: PickedRMSNorm,
     LayerNorm: PickedLayerNorm,
     nn.LayerNorm: PickedLayerNorm,
     nn.Embedding: PickedEmbedding,
+    LogitBias: PickedLogitBias,
 }
 
 

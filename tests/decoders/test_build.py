@@ -122,6 +122,52 @@ def test_killed_in_every_stage_it_goes_on_to_the_same_artifacts(built: Path, cor
     assert not list(tmp_path.rglob(".*"))
 
 
+STARTED = [
+    "--loss",
+    "mixture",
+    "--init-layers",
+    "0,2",
+    "--min-count",
+    "4",
+    "--validate-every",
+    "4096",
+    "--student-tokens",
+    "16384",
+    "--knn-tokens",
+    "8192",
+]
+
+
+def test_from_a_pretrained_model_for_the_mixture(corpus: Path, toys: Path, tmp_path: Path) -> None:
+    """The base's own layers, its embeddings as they are, a vocabulary of its own; killed in its stages it ends with the same artifacts."""
+    started = [*STARTED, "--init", str(toys / "base"), "--entries", "4000"]
+    assert main(["build", "tiny", "--corpus", str(corpus), "--base", str(toys / "base"), "--out", str(tmp_path / "a"), *started]) == 0
+    package = Package.open(tmp_path / "a", toys / "base")
+    assert package.perplexity["mixture"] <= package.perplexity["base"] * 1.001
+    assert 0 < package.perplexity["covered"] < 1
+    made, base = load_file(tmp_path / "a" / "model.safetensors"), load_file(toys / "base" / "model.safetensors")
+    assert torch.equal(made["model.embed_tokens.weight"], base["model.embed_tokens.weight"].bfloat16())
+    curve = [json.loads(line) for line in (tmp_path / "a.work" / "decoder" / "decoder.curve.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in curve] == [4096, 8192]
+    assert curve[-1]["mixture"] <= curve[-1]["base"] * 1.001 and curve[-1]["seconds"] >= curve[0]["seconds"]
+
+    words = [*command(corpus, toys / "base", tmp_path / "b")[: -len(TINY)], *started, "--checkpoint-every", "0"]
+    for name in ("student", "base_labels", "decoder"):
+        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        finished, partial = tmp_path / "b.work" / name, tmp_path / "b.work" / f".{name}.partial"
+        while not (list(partial.glob("*.bookmark")) or finished.exists()) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() in (-signal.SIGKILL, 0)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (
+        {name: digest for name, digest in artifacts(tmp_path / out).items() if ".curve." not in name} for out in ("a.work", "b.work")
+    )
+    assert ours == theirs
+    assert artifacts(tmp_path / "a")["model.safetensors"] == artifacts(tmp_path / "b")["model.safetensors"]
+
+
 def test_two_processes_share_the_work(built: Path, corpus: Path, toys: Path, tmp_path: Path) -> None:
     """Under torchrun: the same tokens, keys and targets as one process, and weights that differ by roundings alone."""
     work = tmp_path / "out.work"

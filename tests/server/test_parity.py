@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from offline import Row, run
+from offline import Row, composite, run
 from reference import CODE, FLOAT32, MIX, rounding_error, worst
+from toys import with_vocabulary
 
 pytestmark = pytest.mark.engine
 
@@ -15,6 +16,21 @@ def test_prompt_and_generated_logprobs_of_a_mixed_batch(kind: str, toys: Path, t
     """One batch of all domains, none and every lambda, prompts in chunks: Qwen2 and GPT-2 decoders beside a Qwen2 base."""
     result = run(tmp_path, toys, kind, MIX, sampling={"prompt_logprobs": 1})
     assert worst(toys, kind, MIX, result["rounds"][0]) <= FLOAT32
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_decoders_with_a_vocabulary_of_their_own(stacked: bool, toys: Path, tmp_path: Path) -> None:
+    """Tokens that a decoder rules out are the base's alone; one decoder is there from the start, one is loaded later; stacked too."""
+    (tmp_path / "base").symlink_to(toys / "base")
+    for name, share in (("a", 0.5), ("b", 0.2)):
+        with_vocabulary(toys / f"qwen_{name}", tmp_path / f"own_{name}", share)
+    first = composite(tmp_path, "own", {}).decoders[:1]
+    changed = {"stacked": stacked, "decoders": first, "slots": 2}
+    mix = [row for row in MIX if row[2] < 1]  # at lambda 1, what is ruled out has no finite log-probability
+    later = {"b": tmp_path / "own_b"}
+    records = run(tmp_path, tmp_path, "own", mix, sampling={"prompt_logprobs": 1}, changed=changed, later=later)["rounds"][0]
+    assert worst(tmp_path, "own", mix, records) <= FLOAT32
+    assert worst(toys, "qwen", mix, records) > 0.1
 
 
 def test_second_round_hits_the_prefix_cache(toys: Path, tmp_path: Path) -> None:

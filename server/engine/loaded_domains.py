@@ -27,10 +27,10 @@ class Snapshot:
     """Domain -> slot of the n-gram memory that new requests use, above all other slots."""
 
     @classmethod
-    def at_start(cls, domains: Domains, ngram_slots: Mapping[str, int] = NO_SLOTS) -> "Snapshot":
-        """The domains that a server starts with: decoders are numbered in their order, as CompositeSpec.first_slots does for the workers."""
-        decoders = (domain.name for domain in domains if domain.decoder)
-        return cls(domains, MappingProxyType({name: slot for slot, name in enumerate(decoders, 1)}), MappingProxyType({**ngram_slots}))
+    def at_start(cls, domains: Domains, slots: Mapping[tuple[str, str], int]) -> "Snapshot":
+        """The domains that a server starts with; `slots` are the workers', by mode and domain (CompositeSpec.first_slots)."""
+        of_mode = [MappingProxyType({name: slot for (kind, name), slot in slots.items() if kind == mode}) for mode in (DECODER, NGRAM)]
+        return cls(domains, *of_mode)
 
     @cached_property
     def revisions(self) -> Mapping[str, str]:
@@ -65,10 +65,10 @@ Subscriber = Callable[[Snapshot, Snapshot], None]
 class LoadedDomains:
     """Holds the current snapshot, and keeps in step what mirrors it: the metric of loaded revisions, and vLLM's list of model names."""
 
-    def __init__(self, domains: Domains, ngram_slots: Mapping[str, int] = NO_SLOTS) -> None:
-        self.current = Snapshot.at_start(domains, ngram_slots)
+    def __init__(self, domains: Domains, slots: Mapping[tuple[str, str], int]) -> None:
+        self.current = Snapshot.at_start(domains, slots)
         self.subscribers: list[Subscriber] = [_label_revisions]
-        _label_revisions(Snapshot.at_start(Domains(domains.base, ())), self.current)
+        _label_revisions(Snapshot.at_start(Domains(domains.base, ()), {}), self.current)
 
     def publish(self, snapshot: Snapshot) -> None:
         """Replace the snapshot without yielding to the event loop. If a subscriber raises, all are put back and its error is raised."""

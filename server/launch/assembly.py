@@ -22,7 +22,6 @@ from memdec.server.engine.domain_updates import DomainUpdates
 from memdec.server.engine.loaded_domains import LoadedDomains
 from memdec.server.engine.shadows import Shadows, baselines_of
 from memdec.server.retrieval.rag import PassageFinder
-from memdec.server.routing.domains import NGRAM
 
 
 def equip(engine: MemoryEngine, settings: Settings) -> DomainUpdates | None:
@@ -31,8 +30,7 @@ def equip(engine: MemoryEngine, settings: Settings) -> DomainUpdates | None:
     engine.liveness.limit = settings.limits.step_timeout
     engine.takes_priorities = not settings.baseline_sample_rate  # with shadowing, priority scheduling serves the replays alone
     metrics.BUILD.labels(version("memdec"), vllm.__version__, torch.__version__, models.domains.base).set(1)
-    slots = models.spec.first_slots.items()
-    engine.loaded = LoadedDomains(models.domains, {name: slot for (mode, name), slot in slots if mode == NGRAM})
+    engine.loaded = LoadedDomains(models.domains, models.spec.first_slots)
     stores = {d.name: d.datastore for d in models.domains if d.datastore is not None}
     tokenizer = load_tokenizer(models.base) if stores else None
     engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}

@@ -25,14 +25,22 @@ from memdec.server.engine.domain_updates import DomainUpdates
 from memdec.server.engine.loaded_domains import LoadedDomains, Snapshot
 from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, MemdecError, OutsideRoots, ShuttingDown
-from memdec.server.routing.domains import Domains
+from memdec.server.routing.domains import DECODER, Domains
 
 
 class Engine(SimpleNamespace):
     """What domain updates ask of the engine's client: one worker, which says what it is told to."""
 
     def __init__(self, domains: Domains) -> None:
-        super().__init__(loaded=LoadedDomains(domains), draining=False, errored=False, calls=[], answers={}, staged=None, held=set())
+        super().__init__(
+            loaded=LoadedDomains(domains, {(DECODER, n): s for s, n in enumerate(domains.names, 1)}),
+            draining=False,
+            errored=False,
+            calls=[],
+            answers={},
+            staged=None,
+            held=set(),
+        )
         self.output_processor = SimpleNamespace(timings=SimpleNamespace(know=lambda _: self.step("know")))
 
     def step(self, name: str) -> Any:

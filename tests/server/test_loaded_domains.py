@@ -25,7 +25,7 @@ DOMAINS = Domains("base", (domain("a", "1"), domain("b", "1")))
 def loaded() -> Iterator[LoadedDomains]:
     """A server's two domains."""
     metrics.DOMAIN.clear()
-    yield LoadedDomains(DOMAINS)
+    yield LoadedDomains(DOMAINS, {(DECODER, "a"): 1, (DECODER, "b"): 2})
     metrics.DOMAIN.clear()
 
 
@@ -37,7 +37,8 @@ def labelled() -> set[tuple[str, str]]:
 def test_slots_are_the_workers() -> None:
     """Front end and workers number the first decoders alike, each on its own."""
     spec = CompositeSpec("X", tuple(DecoderEntry(d.name, d.path, d.revision) for d in DOMAINS), slots=5)
-    assert {(DECODER, name): slot for name, slot in Snapshot.at_start(DOMAINS).slots.items()} == spec.first_slots
+    snapshot = Snapshot.at_start(DOMAINS, spec.first_slots)
+    assert {(DECODER, name): slot for name, slot in snapshot.slots.items()} == {(DECODER, "a"): 1, (DECODER, "b"): 2} == spec.first_slots
 
 
 def test_a_snapshot_that_was_read_never_changes(loaded: LoadedDomains) -> None:

@@ -1,15 +1,16 @@
 """A folder of text becomes an n-gram memory at once, without a base to measure beside: for a server's start.
 
-Kept in a cache, by a hash of the text and of the tokenizer. Every document is remembered: nothing is held out, so order and lambda are the
-defaults of `memdec.decoders.reading.ngram_record`; the discounts are the text's own.
+Kept in a cache, by a hash of the text and of the tokenizer. Every document is remembered: nothing is held out, so order and lambda are defaults;
+the discounts are the text's own. Answers may name its documents where a request asks for sources: the folder is its owner's.
 """
 
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from memdec.decoders.reading.tokenizer import token_map_hash
 
 Row = NDArray[np.uint32]
 BATCH = 64  # documents per tokenizer call
+ORDER = 8
+LAMBDAS = [0.05, 0.15, 0.25, 0.3, 0.4, 0.45, 0.5]  # by tokens of the longest match, from one on: about what fits held-out contracts best
 SHARD_TOKENS = 1 << 26  # of a shard at most, unless one document has more: making it takes about 100 bytes a token, 6.5 GB
 
 
@@ -88,7 +91,7 @@ def _joined(rows: list[Row], names: list[str]) -> Text:
     return Text(np.concatenate(rows), np.cumsum([len(row) for row in rows], dtype=np.int64), names)
 
 
-def index_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, name: str | None = None, sources: bool = False) -> Path:
+def index_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, name: str | None = None, sources: bool = True) -> Path:
     """Index a folder of text for `tokenizer`; returns the package's folder, in `cache`. Equal text was indexed before: it is reused.
 
     `name`: the domain's, or the folder's. `sources`: answers may name the documents. Raises DecoderError, one line; leaves nothing half-made.
@@ -104,13 +107,22 @@ def index_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, 
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache, ignore_cleanup_errors=True) as partial:
-            write_memory(Path(partial) / "made", name, tokenize(documents_in(folder), tokenizer), vocabulary, sources=sources)
-            _put(Path(partial) / "made", out)
+            written = Path(partial) / "made"
+            write_memory(
+                written, name, tokenize(documents_in(folder), tokenizer), vocabulary, sources=sources, order=ORDER, **by_length(LAMBDAS)
+            )
+            _put(written, out)
     except OSError as error:
         raise ManifestError(f"{error.filename or cache}: {error.strerror or error}; nothing was kept of the index of {folder}") from None
     except CorpusError as error:
         raise CorpusError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
     return out
+
+
+def by_length(lambdas: Sequence[float]) -> dict[str, Any]:
+    """The record's keys for a lambda by length of match: the largest, and each as a share of it."""
+    most = max(lambdas)
+    return {"lambda": most, "weights": [round(own / most, 4) if most else 1.0 for own in lambdas]}
 
 
 def _put(made: Path, out: Path) -> None:

@@ -16,7 +16,7 @@ from ngrams import Reference, make_memory
 from memdec.cli import _parser, main
 from memdec.decoders.reading.errors import CorpusError, DecoderError, ManifestError, PackageError
 from memdec.decoders.reading.ngram import NgramMemory
-from memdec.decoders.reading.ngram_folder import index_folder, open_or_index, vocabulary_of
+from memdec.decoders.reading.ngram_folder import LAMBDAS, index_folder, open_or_index, vocabulary_of
 from memdec.decoders.reading.ngram_index import Vocabulary
 from memdec.decoders.reading.tokenizer import load_tokenizer
 
@@ -155,7 +155,8 @@ def test_a_folder_is_indexed_once(corpus: Path, toys: Path, tmp_path: Path) -> N
     assert index_folder(text, tokenizer, tmp_path / "cache", "code") == made
     assert (made / "ngram.json").stat().st_mtime_ns == written
     memory = NgramMemory.open(made)
-    assert (memory.name, memory.order, memory.lambda_, memory.tuned) == ("code", 6, 0.25, False)
+    assert (memory.name, memory.order, memory.lambda_, memory.tuned, memory.sources) == ("code", 8, 0.5, False, True)
+    assert [round(0.5 * weight, 3) for weight in memory.weights] == LAMBDAS
     assert len(list(rows_of(memory))) == 40
     (made / "shard-0" / "suffixes.bin").write_bytes(b"\0" * 8)
     assert open_or_index(text, tokenizer, tmp_path / "cache", "code").revision == memory.revision

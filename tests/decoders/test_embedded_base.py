@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import os
 import random
+import re
+import shlex
 import stat
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import regex
-from conftest import ROOT
+from conftest import ROOT, free_port
+from running import wait_until_ready
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from memdec.cli import main
@@ -157,3 +162,37 @@ def test_the_real_base(smollm2: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     capsys.readouterr()
     assert main(["embedded-base", str(copy)]) == 1
     assert "config.json: is not as it was made" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_readmes_second_example(smollm2: Path, tmp_path: Path) -> None:
+    """A folder of text is a memory: its words come, with their source; as printed, on another port."""
+    (example,) = [text for text in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "--ngram" in text]
+    serve, ask = re.split(r"(?=curl )", re.sub(r"^.*embedded-base.*\n", "", example))
+    port, log = free_port(), tmp_path / "log.txt"
+    words = [*shlex.split(serve)[1:], "--port", str(port), "--kv-cache-memory-bytes", str(512 << 20)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "memdec", *words], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        wait_until_ready(process, log)
+        command = shlex.split(ask.replace(":8000", f":{port}"))
+        with_memory = answer_to(command)
+        at = command.index("X-Domain: notes")
+        base = answer_to([word.replace(', "memory_sources": true', "") for word in (*command[: at - 1], *command[at + 1 :])])
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert "time equally" in with_memory["choices"][0]["text"] and "equally" not in base["choices"][0]["text"]
+    named = {place["document"] for token in with_memory["choices"][0]["memory_sources"] for place in token["occurrences"]}
+    assert "operations.md" in named
+
+
+def answer_to(command: list[str]) -> dict[str, Any]:
+    """What curl prints."""
+    done = subprocess.run([*command, "-s", "-S", "--fail-with-body"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer

@@ -21,7 +21,7 @@ from memdec.decoders.near_duplicates import Cleaned
 from memdec.decoders.perplexity import Floats, label_logprobs, mix, perplexity, scored, windows
 from memdec.decoders.reading.errors import ManifestError, OptionError
 from memdec.decoders.reading.ngram import NgramMemory
-from memdec.decoders.reading.ngram_folder import SHARD_TOKENS, vocabulary_of
+from memdec.decoders.reading.ngram_folder import SHARD_TOKENS, by_length, vocabulary_of
 from memdec.decoders.reading.ngram_index import Text, Vocabulary, write_memory, write_record
 from memdec.decoders.reading.ngram_record import LONGEST_ORDER, NAME
 from memdec.decoders.reading.tokenizer import load_tokenizer
@@ -56,8 +56,8 @@ class Tuned:
     """What was tuned and measured beside the base."""
 
     order: int
-    lam: float
-    weights: list[float]
+    lambdas: list[float]
+    """By tokens of the longest match, from one on."""
     perplexity: dict[str, float]
 
 
@@ -91,7 +91,7 @@ class NgramBuild:
             write_memory(folder, self.domain, self._texts(tokens), vocabulary)
             tuned = tune(NgramMemory.open(folder), self.base, tokens, self.options.windows)
             record = {
-                "order": tuned.order, "lambda": tuned.lam, "weights": tuned.weights, "tuned": True, "sources": self.options.with_sources, "base": inputs["base"],
+                "order": tuned.order, **by_length(tuned.lambdas), "tuned": True, "sources": self.options.with_sources, "base": inputs["base"],
                 "perplexity": tuned.perplexity, "training": self._training(inputs),
             }  # fmt: skip
             write_record(folder, self.domain, vocabulary, **record)
@@ -140,9 +140,7 @@ def tune(memory: NgramMemory, base: Path, tokens: Path, most: int) -> Tuned:
         "test base": perplexity(theirs),
         "test mixture": perplexity(measured),
     }
-    lam = max(lambdas)
-    weights = [round(own / lam, 4) if lam else 1.0 for own in lambdas]
-    return Tuned(order, lam, weights, {name: round(value, 3) for name, value in figures.items()})
+    return Tuned(order, lambdas, {name: round(value, 3) for name, value in figures.items()})
 
 
 def fit(base: Floats, scores: "Scores", order: int) -> tuple[float, list[float]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from memdec.decoders.reading.errors import CorpusError
+from memdec.decoders.reading.files import is_utf8
 
 TEXT = (".txt", ".md", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -124,18 +125,9 @@ def _objects(path: Path) -> Iterator[str]:
             content = type(row).__name__ if not isinstance(row, dict) else f"the keys {', '.join(sorted(row))[:80]}"
             content = f"{FIELD}: {type(text).__name__}" if isinstance(row, dict) and FIELD in row else content
             raise CorpusError(f"{path}: line {number} has no string {FIELD!r} (found {content})")
-        if not is_unicode(text):
+        if not is_utf8(text):
             raise CorpusError(f"{path}: line {number} holds half a surrogate pair, which no UTF-8 text can; mend it first")
         yield text
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded as UTF-8; lone surrogates, which JSON allows, can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _rows(path: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from memdec.server.engine.client import TimedOutputProcessor
+from memdec.server.engine.timed_outputs import TimedOutputProcessor
 from memdec.server.launch.grammar_options import OPTION, with_defaults
 
 

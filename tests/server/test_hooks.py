@@ -325,7 +325,7 @@ def test_grammars_are_tried_before_the_engine_sees_them() -> None:
 
 
 def test_a_grammar_without_a_next_token_ends_with_tokens() -> None:
-    """All other failures that the scheduler reports have none: what memdec.server.engine.client tells them apart by."""
+    """All other failures that the scheduler reports have none: what memdec.server.engine.timed_outputs tells them apart by."""
     source = inspect.getsource(Scheduler.update_from_output)
     assert source.count("FINISHED_ERROR") == 2
     assert (

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from memdec.decoders.reading.tokenizer import first_line, load_copied, load_toke
 from memdec.decoders.reading.weights import CONFIG, check_weights, fingerprint_model, scan
 from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry, NgramEntry, Served
 from memdec.server.errors import StartupError
+from memdec.server.json_types import JsonObject
 from memdec.server.naming import parse_named, require_folder
 from memdec.server.routing.domains import Datastore, Domain, Domains, Ngrams
 
@@ -40,7 +40,7 @@ class Models:
     slots: int = 0
     """Decoders that may be loaded at once, if more than there are at the start."""
 
-    def overrides(self) -> dict[str, Any]:
+    def overrides(self) -> JsonObject:
         """vLLM's `hf_overrides`: makes the base's folder load as our composite. Without memories it stays what it is."""
         return self.spec.overrides() if self.domains.all else {}
 
@@ -58,7 +58,7 @@ class Models:
         )
 
 
-def check_models(base: str, decoders: Iterable[str], served_name: str | None = None, hub: Mapping[str, Any] | None = None) -> Models:
+def check_models(base: str, decoders: Iterable[str], served_name: str | None = None, hub: Mapping[str, object] | None = None) -> Models:
     """Resolve MODEL and the `--decoder NAME=PATH` values. Raises StartupError with one line that names what is wrong.
 
     `hub`: further arguments of `snapshot_download` for models given as hub ids; its revision applies to the base alone.
@@ -137,7 +137,7 @@ def with_memory(domain: Domain | None, name: str, ngrams: Ngrams, token_hash: st
     return replace(domain, ngrams=ngrams)
 
 
-def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None, hub: Mapping[str, Any]) -> Models:
+def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None, hub: Mapping[str, object]) -> Models:
     folder, beside = resolve(base, hub), {name: value for name, value in hub.items() if name != "revision"}
     config = read_json(folder / CONFIG)
     architecture = checked(Config, config, folder / CONFIG).architectures[0]
@@ -179,7 +179,7 @@ def domain_of(name: str, package: Package, token_hash: str) -> Domain:
     return Domain(name, str(p.path), p.lam, p.tuned, p.revision, p.size, token_hash, p.perplexity)
 
 
-def resolve(model: str, hub: Mapping[str, Any]) -> Path:
+def resolve(model: str, hub: Mapping[str, object]) -> Path:
     """A local folder as it is; anything else is a hub id and is fetched into the hub's cache."""
     if Path(model).is_dir():
         return Path(model).resolve()

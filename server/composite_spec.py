@@ -5,9 +5,13 @@ It travels in vLLM's `hf_overrides`, which adds entries to the base's config: wr
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from memdec.server.json_types import JsonObject
 from memdec.server.routing.domains import DECODER, KNN, NGRAM, NONE, RAG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ARCHITECTURE = "MemoryDecoderForCausalLM"
 KEY = "memory_decoder"  # of the base's config
@@ -46,7 +50,7 @@ class Served:
 
     base: str
     """The name the base is served under."""
-    domains: tuple[Mapping[str, Any], ...]
+    domains: tuple[JsonObject, ...]
     """Each Domain as `dataclasses.asdict` has it."""
     options: tuple[str, ...] = ()
     """Our options, as words of a command line."""
@@ -67,7 +71,7 @@ class CompositeSpec:
     served: Served | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "CompositeSpec | None":
+    def of(cls, config: "PreTrainedConfig | JsonObject") -> "CompositeSpec | None":
         """From the config that vLLM loaded, or a mapping of its overrides; None for a base without memories.
 
         Raises TypeError on entries it doesn't know.
@@ -83,7 +87,7 @@ class CompositeSpec:
         ngrams = tuple(NgramEntry(**entry) for entry in entries.get("ngrams", ()))
         return cls(**{**entries, "decoders": decoders, "datastores": datastores, "ngrams": ngrams, "served": served})
 
-    def overrides(self) -> dict[str, Any]:
+    def overrides(self) -> JsonObject:
         """vLLM's `hf_overrides`, which make the base's folder load as the composite."""
         return {"architectures": [ARCHITECTURE], KEY: asdict(self)}
 
@@ -112,7 +116,7 @@ class CompositeSpec:
         return self.capacity + len(self.datastores) + 1
 
 
-def spec_of(config: Any) -> CompositeSpec:
+def spec_of(config: "PreTrainedConfig | JsonObject") -> CompositeSpec:
     """The spec of a composite's config, for code that only a composite runs. Raises ValueError if it is a plain base."""
     spec = CompositeSpec.of(config)
     if spec is None:

@@ -1,7 +1,8 @@
 """Everything that can go wrong in front of a user, as one tree, and how each error looks over HTTP."""
 
 import json
-from typing import Any
+
+from memdec.server.json_types import JsonObject
 
 
 class MemdecError(Exception):
@@ -13,7 +14,7 @@ class MemdecError(Exception):
     headers: dict[str, str] | None = None
     """Further response headers."""
 
-    def to_body(self) -> dict[str, Any]:
+    def to_body(self) -> JsonObject:
         """The error as OpenAI's JSON object."""
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.status}}
 

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from memdec.server.engine.sources import Collected
+from memdec.server.json_types import JsonObject
 from memdec.server.routing.selection import SOURCES
 
 
@@ -15,7 +15,7 @@ def with_sources(response: Response, collected: Collected, n: int) -> Response:
     if isinstance(response, StreamingResponse):
         events = response.body_iterator
 
-        async def told() -> AsyncIterator[Any]:
+        async def told() -> AsyncIterator[str | bytes | memoryview]:
             async for event in events:
                 if isinstance(event, str) and event.startswith("data: {") and '"finish_reason":"' in event:
                     event = f"data: {json.dumps(_told(json.loads(event[6:]), collected, n), ensure_ascii=False)}\n\n"
@@ -28,7 +28,7 @@ def with_sources(response: Response, collected: Collected, n: int) -> Response:
     return JSONResponse(_told(json.loads(bytes(response.body)), collected, n), headers=_kept(response))
 
 
-def _told(body: dict[str, Any], collected: Collected, n: int) -> dict[str, Any]:
+def _told(body: JsonObject, collected: Collected, n: int) -> JsonObject:
     for choice in body.get("choices", ()):
         if choice.get("finish_reason") is not None:
             choice[SOURCES] = collected.of_choice(choice["index"], n)

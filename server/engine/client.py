@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import EngineInput
@@ -93,11 +93,12 @@ class MemoryEngine(AsyncLLM):
         """Outputs of one request, as AsyncLLM gives them; in mode `rag` with a passage before the prompt. Prompts come in their order in the HTTP request."""
         if (sampling_params.extra_args or {}).get(SCORED):
             return scored(self._generate, self.model_config, prompt, sampling_params, request_id, **rest)
-        outputs: AsyncGenerator[RequestOutput, None] = self._generate(prompt, sampling_params, request_id, **rest)
-        return outputs
+        return self._generate(prompt, sampling_params, request_id, **rest)
 
-    def _generate(self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **rest: object) -> Any:
-        choice = MemoryChoice.of(sampling_params)
+    def _generate(
+        self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **rest: object
+    ) -> AsyncGenerator[RequestOutput, None]:
+        choice, plain = MemoryChoice.of(sampling_params), cast(rag.Generate, super().generate)
         replayed = (getattr(sampling_params, "extra_args", None) or {}).get(CLIENT) == BACKGROUND
         if rest.get("priority") and not self.takes_priorities and not replayed:
             raise VLLMValidationError("priority: this server's scheduling policy knows none; leave it out", parameter="priority")
@@ -106,14 +107,16 @@ class MemoryEngine(AsyncLLM):
                 self.shadows.offer(prompt, sampling_params, choice.domain)
             if choice is not None and choice.sources:
                 return self._with_sources(choice, prompt, sampling_params, request_id, **rest)
-            return super().generate(prompt, sampling_params, request_id, **rest)
+            return plain(prompt, sampling_params, request_id, **rest)
         finder, context, count = self.finders[choice.domain], self.model_config.max_model_len, added.get().of_next_prompt()
         if choice.stride:
             rest["tokenizer"] = self.renderer.tokenizer
-            return rag.retrieve_every(choice.stride, super().generate, finder, context, count, prompt, sampling_params, request_id, **rest)
-        return rag.retrieve_once(super().generate, finder, context, count, prompt, sampling_params, request_id, **rest)
+            return rag.retrieve_every(choice.stride, plain, finder, context, count, prompt, sampling_params, request_id, **rest)
+        return rag.retrieve_once(plain, finder, context, count, prompt, sampling_params, request_id, **rest)
 
-    def _with_sources(self, choice: MemoryChoice, prompt: Any, params: Any, request_id: str, **rest: Any) -> Any:
+    def _with_sources(
+        self, choice: MemoryChoice, prompt: EngineInput, params: SamplingParams, request_id: str, **rest: object
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request, whose sources are collected for the HTTP request."""
         domain = self.loaded.current.domains.get(choice.domain)
         ngrams = domain.ngrams if domain is not None else None
@@ -192,7 +195,7 @@ class MemoryEngine(AsyncLLM):
             raise VLLMNotFoundError(f"The domain {choice.domain!r} has no memory {choice.mode!r} any more.")
         return slot
 
-    async def _compilable(self, params: Any) -> Any:
+    async def _compilable(self, params: SamplingParams | PoolingParams) -> SamplingParams | PoolingParams:
         """A copy of the parameters whose grammar the sandbox has compiled. Raises VLLMValidationError."""
         constraint = getattr(params, "structured_outputs", None)
         if constraint is None or constraint.all_constraints_none():
@@ -232,9 +235,9 @@ class MemoryEngine(AsyncLLM):
         await super().check_health()
 
 
-def _with_engine_fields(params: Any, slot: int) -> Any:
+def _with_engine_fields(params: SamplingParams | PoolingParams, slot: int) -> SamplingParams | PoolingParams:
     """A copy of the parameters with the memory's slot, for the worker, and the client of the fair share, for the scheduler."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, int | str] = {}
     if slot:
         extra[SLOT] = slot
     if client := turn_of_request():

@@ -11,18 +11,19 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import TokensInput
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
 from memdec.decoders.reading.errors import DecoderError
 from memdec.decoders.reading.ngram import NgramMemory
+from memdec.server.json_types import JsonObject
 from memdec.server.routing.domains import Ngrams
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]  # AsyncLLM.generate
-Sources = list[dict[str, Any]]
+Sources = list[JsonObject]
 MOST = 3  # occurrences of a token's context
 
 
@@ -68,8 +69,8 @@ class OpenMemories:
 
 
 async def with_sources(
-    generate: Generate, opened: Awaitable[NgramMemory], found: dict[int, Sources], mode: str, prompt: Any, params: SamplingParams,
-    request_id: str, **rest: Any
+    generate: Generate, opened: Awaitable[NgramMemory], found: dict[int, Sources], mode: str, prompt: TokensInput, params: SamplingParams,
+    request_id: str, **rest: object
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
     """Outputs of one prompt; a choice's sources are in `found` before its last output comes. `mode` is the server's --logprobs-mode."""
     memory = await opened

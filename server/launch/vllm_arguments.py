@@ -2,11 +2,10 @@
 
 import os
 import shutil
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -56,7 +55,7 @@ def parse_vllm(words: Sequence[str]) -> Namespace:
     return args
 
 
-def _show_ours(parser: Any) -> None:
+def _show_ours(parser: ArgumentParser) -> None:
     """Our options in the help, for which alone they are declared twice."""
     group = parser.add_argument_group("memdec")
     flags.add(group, Options)

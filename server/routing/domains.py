@@ -1,10 +1,10 @@
 """The domains a server offers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from memdec.server.errors import DomainNotAllowed, UnknownDomain
+from memdec.server.json_types import JsonObject
 
 DECODER, KNN, RAG, NGRAM, NONE = "decoder", "knn", "rag", "ngram", "none"
 MODES = (DECODER, KNN, RAG, NGRAM, NONE)
@@ -24,7 +24,7 @@ class Datastore:
     """Bytes of its files."""
     revision: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The `datastore` object of an entry of /v1/domains."""
         return {"entries": self.entries, "lambda": self.lam, "size_bytes": self.size, "revision": self.revision}
 
@@ -50,7 +50,7 @@ class Ngrams:
     perplexity: dict[str, float]
     """Measured perplexities; empty if never measured."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The `ngram` object of an entry of /v1/domains."""
         return {
             "order": self.order,
@@ -79,7 +79,7 @@ class Domain:
     """Bytes of its weights."""
     tokenizer: str
     """Hash of its token -> id map, equal to the base's."""
-    perplexity: dict[str, Any]
+    perplexity: JsonObject
     """Measured test perplexities beside this base; empty if never measured."""
     datastore: Datastore | None = None
     ngrams: Ngrams | None = None
@@ -87,7 +87,7 @@ class Domain:
     """Whether it has one."""
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> "Domain":
+    def of(cls, entry: JsonObject) -> "Domain":
         """From what `dataclasses.asdict` made of one."""
         store, ngrams = entry["datastore"], entry["ngrams"]
         parts = {"datastore": Datastore(**store) if store is not None else None, "ngrams": Ngrams(**ngrams) if ngrams is not None else None}
@@ -111,7 +111,7 @@ class Domain:
             return self.datastore.lam
         return self.ngrams.lam if mode == NGRAM and self.ngrams is not None else self.lam
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """One entry of /v1/domains."""
         return {
             "id": self.name,

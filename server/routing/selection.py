@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from memdec.server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, NoSuchMemory, RequestError
 from memdec.server.routing.domains import DECODER, KNN, MIXED, MODES, NGRAM, NONE, RAG, Domain, Domains
@@ -43,11 +42,11 @@ class Selection:
 class Given:
     """A value that a client gave, and its source, for error messages."""
 
-    value: Any
+    value: object
     source: str
 
 
-def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> Selection:
+def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[str]], body: Mapping[str, object]) -> Selection:
     """Decide for one request.
 
     `model` is its model field, `headers` maps lower-case names to all their values, `body` its JSON fields. Raises RequestError or
@@ -75,7 +74,7 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
     )  # lambda 0 is the base alone, so the response headers say mode none
 
 
-def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, Any]) -> list[Given]:
+def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, object]) -> list[Given]:
     """Everything that sets a field. JSON null means not given, as everywhere in OpenAI's API."""
     values = [Given(value, f"header X-{field.capitalize()}") for value in headers.get(f"x-{field}", ())]
     if body.get(field) is not None:
@@ -88,7 +87,7 @@ def _domain(domains: Domains, given: list[Given]) -> Domain | None:
         if not isinstance(choice.value, str):
             raise RequestError(f"domain must be a string, not {type(choice.value).__name__}.", "domain")
     _require_agreement("domain", given)
-    return domains.find(given[0].value) if given else None
+    return domains.find(str(given[0].value)) if given else None
 
 
 def _mode(domain: Domain | None, given: list[Given]) -> str:
@@ -107,7 +106,7 @@ def _mode(domain: Domain | None, given: list[Given]) -> str:
     return mode
 
 
-def _stride(value: Any, domain: Domain | None, mode: str) -> int:
+def _stride(value: object, domain: Domain | None, mode: str) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LONGEST_STRIDE:
@@ -119,7 +118,7 @@ def _stride(value: Any, domain: Domain | None, mode: str) -> int:
     return value
 
 
-def _sources(value: Any, domain: Domain | None, mode: str, lam: float | None) -> bool:
+def _sources(value: object, domain: Domain | None, mode: str, lam: float | None) -> bool:
     if value is None or value is False:
         return False
     if value is not True:
@@ -163,7 +162,7 @@ def _conflict(field: str, given: list[Given]) -> str:
     return f"This request names different values of {field}: {places}. Name one."
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A client's value, short enough for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.worker_base import WorkerBase
 
 from memdec.server.choice import MemoryChoice
 from memdec.server.model.ngrams import StagedNgrams
@@ -22,11 +22,11 @@ def chosen(choice: MemoryChoice | None, slots: Mapping[tuple[str, str], int]) ->
 class HoldsSlots:
     """Mixin for workers. Failures come back as text: an exception would end some executors' workers."""
 
-    staged: Any = None
+    staged: StagedTower | StagedNgrams | None = None
 
     def stage_decoder(self, slot: int, path: str, digests: dict[str, str]) -> str | None:
         """Build an empty tower for a slot, and begin to read its files (name -> SHA-256); returns what went wrong, or None."""
-        worker: Any = self
+        worker: WorkerBase = self
         self.discard_staged()
         model, config = worker.model_runner.get_model(), worker.vllm_config.model_config
         try:
@@ -37,7 +37,7 @@ class HoldsSlots:
 
     def stage_ngrams(self, slot: int, path: str, revision: str) -> str | None:
         """Begin to open an n-gram memory for a slot; returns what went wrong, or None."""
-        worker: Any = self
+        worker: WorkerBase = self
         self.discard_staged()
         self.staged = StagedNgrams(worker.model_runner.get_model().ngrams, slot, Path(path), revision)
         return None
@@ -45,14 +45,13 @@ class HoldsSlots:
     def load_staged(self, budget: int) -> bool | str | None:
         """Work on weights of about `budget` bytes; returns whether it is complete, None if none has been read yet, or what went wrong."""
         try:
-            complete: bool | None = self.staged.load(budget)
-            return complete
+            return self._present().load(budget)
         except Exception as error:  # of whatever kind a model's loader raises
             return told(error)
 
     def install_staged(self) -> None:
         """Put it into its slot, where requests may name it from now on."""
-        self.staged.install()
+        self._present().install()
         self.staged = None
 
     def discard_staged(self) -> None:
@@ -61,9 +60,15 @@ class HoldsSlots:
             self.staged.discard()
             self.staged = None
 
+    def _present(self) -> StagedTower | StagedNgrams:
+        """What is staged. Raises RuntimeError if nothing is."""
+        if self.staged is None:
+            raise RuntimeError("no memory is staged")
+        return self.staged
+
     def free_slot(self, slot: int) -> bool:
         """Unload a slot's memory, unless a request that the worker knows uses it still: returns whether it is free."""
-        worker: Any = self
+        worker: WorkerBase = self
         runner = worker.model_runner
         if isinstance(runner, GPUModelRunner):  # V1's, of CPUs too
             memories = [getattr(request, "memory", (0, 0.0)) for request in runner.requests.values()]

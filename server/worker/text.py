@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
-import numpy as np
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from memdec.server.model.text import StepText
+from memdec.server.worker.forward_contexts import Numbers
 
 
-def text_of_v1(runner: Any, ends: Sequence[int]) -> StepText:
+def text_of_v1(runner: GPUModelRunner, ends: Sequence[int]) -> StepText:
     """From the V1 runner's table on the host; `ends` are its requests' first places in the step, and the step's end."""
     batch = runner.input_batch
     positions = batch.num_computed_tokens_cpu[: len(ends) - 1].tolist()
@@ -24,7 +26,7 @@ def text_of_v1(runner: Any, ends: Sequence[int]) -> StepText:
     return StepText(ends[:-1], positions, read)
 
 
-def _completed(runner: Any, ends: Sequence[int], positions: Sequence[int]) -> Callable[[int], None]:
+def _completed(runner: GPUModelRunner, ends: Sequence[int], positions: Sequence[int]) -> Callable[[int], None]:
     """Writes a request's tokens of this step into the host's table, where steps that are scheduled ahead leave -1 for each sampled one.
 
     The device has them: reading them waits for what it has been given to do, this step's forward pass included. vLLM reads nothing from
@@ -32,8 +34,8 @@ def _completed(runner: Any, ends: Sequence[int], positions: Sequence[int]) -> Ca
     """
 
     @cache
-    def ids() -> np.ndarray[Any, Any]:
-        found: np.ndarray[Any, Any] = runner.input_ids.gpu[: ends[-1]].cpu().numpy()
+    def ids() -> Numbers:
+        found: Numbers = runner.input_ids.gpu[: ends[-1]].cpu().numpy()
         return found
 
     def complete(request: int) -> None:
@@ -44,7 +46,7 @@ def _completed(runner: Any, ends: Sequence[int], positions: Sequence[int]) -> Ca
     return complete
 
 
-def text_of_v2(input_batch: Any, req_states: Any) -> StepText:
+def text_of_v2(input_batch: InputBatch, req_states: RequestState) -> StepText:
     """From the V2 runner's table, which its kernels write: reading it waits for the device, once a row."""
     table = req_states.all_token_ids.gpu
     indices = input_batch.idx_mapping_np.tolist()

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from vllm.compilation.backends import set_model_tag
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
-from vllm.forward_context import override_forward_context
+from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+from vllm.model_executor.models.interfaces_base import VllmModelForTextGeneration
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.platforms import current_platform
 
@@ -47,7 +48,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM sets up its own loggers alone
 class MemoryDecoderForCausalLM(nn.Module):
     """Base plus memory decoders as one vLLM model. See the module's docstring for how it is configured."""
 
-    base: Any  # any vLLM model
+    base: VllmModelForTextGeneration
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.always_stacked = spec.stacked
         self.stacked = self._stacked(vllm_config)
         """The tower that full CUDA graphs run; None without such graphs, or if a layer of the decoders can't be stacked."""
-        self.graphs: dict[str, Callable[..., Any]] = {}
+        self.graphs: dict[str, Callable[..., Tensor]] = {}
         """The CUDA graphs of "base" and "stacked", which are called instead of them (see `wrap`)."""
         self.stores = [KnnMemory(RetrievalPackage.read(Path(entry.path))) for entry in spec.datastores]
         self.ngrams = NgramMemories({spec.first_slots[NGRAM, entry.name]: entry.path for entry in spec.ngrams})
@@ -111,7 +112,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         overwrite(config, "cudagraph_mode", CUDAGraphMode.PIECEWISE if mode.has_piecewise_cudagraphs() else CUDAGraphMode.NONE)
         return None
 
-    def wrap(self, graph_of: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def wrap(self, graph_of: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
         """Capture base and memories as two CUDA graphs, so that a step without memories replays the base's alone."""
         self.graphs["base"] = graph_of(self.base)
         if self.stacked is not None:
@@ -168,7 +169,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         intermediate_tensors: object = None,
         inputs_embeds: Tensor | None = None,
         routing: StepRouting | None = None,
-        attention: Mapping[int, Any] | None = None,
+        attention: Mapping[int, ForwardContext] | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
         """Packed rows [tokens, H_base + H_memory + TAIL] (see memdec.server.model.packing); [tokens, H_base] where no request has a memory.
@@ -196,7 +197,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         return pack(hidden, memory, routing.tail)
 
     def _memory(
-        self, input_ids: Tensor, positions: Tensor, base_hidden: Tensor, groups: list[Group], attention: Mapping[int, Any]
+        self, input_ids: Tensor, positions: Tensor, base_hidden: Tensor, groups: list[Group], attention: Mapping[int, ForwardContext]
     ) -> Tensor:
         """Hidden states of each token's own decoder, [tokens, H_memory]; zeros where a token has none.
 

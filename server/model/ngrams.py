@@ -4,7 +4,6 @@ import queue
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +50,8 @@ class StagedNgrams:
         """`revision`: what was checked; another is refused."""
         self.memories, self.slot, self.revision = memories, slot, revision
         self.answer: queue.SimpleQueue[NgramMemory | Exception] = queue.SimpleQueue()
-        self.memory: Any = None
+        self.memory: NgramMemory
+        """What `install` puts into the slot; there once `load` has returned True."""
         threading.Thread(target=self._open, args=(path,), name="n-gram opener", daemon=True).start()
 
     def load(self, _budget: int) -> bool | None:

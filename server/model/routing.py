@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Group:
     slot: int
     requests: Tensor
     """Positions of the requests among the step's, int64."""
-    lengths: np.ndarray[Any, Any]
+    lengths: npt.NDArray[np.int32]
     """Number of tokens to run of each request, which are its last ones in the step, int32."""
     tokens: Tensor | None
     """Positions of these tokens in the step, int64; None if they are all of its tokens."""

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import ModelConfig
@@ -20,6 +20,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from memdec.decoders.reading.weights import read_tensors
 from memdec.server.model.attention import share_attention
+from memdec.server.model.tower import Tower
 
 if TYPE_CHECKING:
     from memdec.server.model.composite import MemoryDecoderForCausalLM
@@ -88,14 +89,14 @@ class StagedTower:
         self.own: set[str] = set()
         self.reader: WeightReader | None = None
         try:
-            self.tower: Any = self._built()
+            self.tower = self._built()
         except BaseException:
             self.discard()
             raise
         self.reader = WeightReader(path, digests)
         self.work = itertools.chain(self._copy(self.reader), self._finish())
 
-    def _built(self) -> Any:
+    def _built(self) -> Tower:
         """Build the tower without its weights, sharing the first tower's attention layers."""
         before = set(self.registered)
         try:

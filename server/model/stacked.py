@@ -8,7 +8,6 @@ A slot that no token has is not read, and rows without a decoder come out as zer
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from memdec.server.in_place import overwrite
 from memdec.server.model.attention import share_attention
-from memdec.server.model.tower import LogitBias
+from memdec.server.model.tower import LogitBias, Tower
 
 FEW = 4  # tokens up to which each is a block of its own: cheaper than to sort them
 NONE = -1
@@ -66,14 +65,14 @@ class StackedTower:
     """The decoders' architecture once, without weights of its own, over the stacked weights of all slots."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], first: nn.Module, slots: int, tokens: int, ids: int, registered: dict[str, object]
+        self, build: Callable[[], Tower], first: nn.Module, slots: int, tokens: int, ids: int, registered: dict[str, object]
     ) -> None:
         """`build` makes a tower; `first` is one whose attention layers are shared, `registered` vLLM's register of those.
 
         A step has at most `tokens` tokens. Token ids from `ids` on have no embedding in the decoders.
         """
         with torch.device("meta"):
-            self.model: Any = build()
+            self.model = build()
         share_attention([first, self.model], registered)
         self.slots, self.ids = slots, ids
         self.places = torch.zeros(tokens, dtype=torch.int64)

@@ -4,10 +4,10 @@ A package says it as Hugging Face would, were its architecture's output head to 
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.models.interfaces_base import VllmModelForTextGeneration
 
 from memdec.decoders.reading.names import HEAD_BIAS
 
@@ -27,7 +27,7 @@ class LogitBias(nn.Module):
 class Tower(nn.Module):
     """One of vLLM's models with a bias on its logits, which behaves as the model otherwise."""
 
-    def __init__(self, model: Any, ids: int) -> None:
+    def __init__(self, model: VllmModelForTextGeneration, ids: int) -> None:
         super().__init__()
         self.model = model
         self.logit_bias = LogitBias(ids)
@@ -47,7 +47,7 @@ class Tower(nn.Module):
         names = self.model.load_weights(self._others(weights))
         return None if names is None else {"logit_bias.weight", *(f"model.{name}" for name in names)}
 
-    def process_weights_after_loading(self, *args: Any) -> None:
+    def process_weights_after_loading(self, *args: object) -> None:
         """What the model does after loading, if anything."""
         if hasattr(self.model, "process_weights_after_loading"):
             self.model.process_weights_after_loading(*args)

@@ -17,6 +17,8 @@ from vllm.config import VllmConfig
 from vllm.forward_context import override_forward_context
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from memdec.server.in_place import overwrite
 from memdec.server.model.routing import NONE_KNOWN
@@ -36,7 +38,7 @@ class DraftingScheduler(FairScheduler):
         overwrite(self, "num_lookahead_tokens", self.num_spec_tokens)  # vLLM reserves none for a proposer of its users'
 
 
-def _is_constrained(request: Any) -> bool:
+def _is_constrained(request: CachedRequestState) -> bool:
     return request.sampling_params.structured_outputs is not None
 
 
@@ -78,7 +80,7 @@ class MemoryDrafter:
         sizes += [0] * (2 - len(sizes))  # no decoder
         self.lengths = DraftLengths(self.most, sizes[1] / sum(sizes))
 
-    def attach(self, runner: Any) -> None:
+    def attach(self, runner: GPUModelRunner) -> None:
         """The runner, once its KV cache is set up."""
         self.runner = runner
 
@@ -123,7 +125,7 @@ class MemoryDrafter:
             self.lengths.drafted((self.ended - started) / max(lengths[row] for rows in by_slot.values() for row in rows))
         return drafts
 
-    def _look_up(self, row: int, length: int, text: np.ndarray[Any, Any]) -> list[int]:
+    def _look_up(self, row: int, length: int, text: Numbers) -> list[int]:
         """How the longest match of a row's text goes on, at most `length` tokens."""
         with self.model.times.part("drafting", self.runner.device):
             found: list[int] = self.model.ngrams.loaded[self._request(row).memory[0]].draft(text[-LOOKED_AT:].tolist(), length)
@@ -156,7 +158,7 @@ class MemoryDrafter:
         return verified if drafted and not _is_constrained(self.runner.requests[name]) else drafted
 
     @staticmethod
-    def _kind(request: Any) -> Hashable:
+    def _kind(request: CachedRequestState) -> Hashable:
         """Requests of one kind are accepted alike: those of one slot, under a grammar or not."""
         return request.memory[0], _is_constrained(request)
 
@@ -170,7 +172,7 @@ class MemoryDrafter:
             same += 1
         return seen.hidden[:same]
 
-    def _request(self, row: int) -> Any:
+    def _request(self, row: int) -> CachedRequestState:
         """The runner's state of a row's request."""
         return self.runner.requests[self.runner.input_batch.req_ids[row]]
 
@@ -193,14 +195,14 @@ class MemoryDrafter:
                 limits[row] = min(limits[row], length)
         return limits
 
-    def _drafter(self, request: Any) -> str | None:
+    def _drafter(self, request: CachedRequestState) -> str | None:
         """The kind of memory that drafts for a request; None: nothing does."""
         slot = request.memory[0]
         if 0 < slot <= len(self.model.towers):
             return DECODER
         return NGRAM if slot in self.model.ngrams.loaded else None
 
-    def _limit(self, request: Any, tokens: int) -> int:
+    def _limit(self, request: CachedRequestState, tokens: int) -> int:
         """The most that can be drafted for a request that has `tokens`: it takes one more than it accepts."""
         params = request.sampling_params
         if params.min_p or params.logit_bias:

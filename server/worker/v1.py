@@ -21,7 +21,9 @@ from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.worker_base import WorkerBase
 
 from memdec.server.choice import MemoryChoice
 from memdec.server.composite_spec import spec_of
@@ -51,13 +53,13 @@ class RoutesSteps:
             # vLLM leaves min_p and logit_bias out, which its verifier doesn't know: here their requests draft nothing instead.
             plain = copy.copy(vllm_config)
             overwrite(plain, "speculative_config", None)
-            runner: Any = self
+            runner: GPUModelRunner = self
             overwrite(runner.input_batch, "logitsprocs", build_logitsprocs(plain, device, PIN_MEMORY, False))
 
     def load_model(self, *args: object, **kwargs: object) -> None:
         """Also divide the graph that vLLM would make of the whole composite."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        runner: Any = self
+        runner: GPUModelRunner = self
         if isinstance(runner.model, CUDAGraphWrapper):
             overwrite(runner, "model", runner.model.unwrap())
             runner.model.wrap(
@@ -67,15 +69,15 @@ class RoutesSteps:
     def initialize_kv_cache(self, *args: object, **kwargs: object) -> None:
         """Also find the towers' attention layers in the KV cache."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        runner: Any = self
+        runner: GPUModelRunner = self
         spec = spec_of(runner.model_config.hf_config)
         self.slots, self.first_ngram = spec.first_slots, spec.first_ngram
         self.attention = RunnerAttention(runner, attention_names(runner.get_model().towers))
         if runner.speculative_config is not None:
             runner.drafter.attach(runner)
 
-    def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        runner: Any = self
+    def _model_forward(self, input_ids: torch.Tensor | None = None, *args: object, **kwargs: Any) -> Any:
+        runner: GPUModelRunner = self
         batch = runner.input_batch
         ends = runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
         known = self._known(ends)
@@ -86,7 +88,7 @@ class RoutesSteps:
             self.last = (rows, total, captured), StepRouting.of(rows, total, runner.device, captured)
         routing = self.last[1]
         runner.get_model().ngrams.text = text_of_v1(runner, ends) if routing.has_slot_from(self.first_ngram) else None
-        more: dict[str, Any] = {"routing": routing, "known": torch.cat([k for k in known if len(k)]) if len(routing.known) else None}
+        more: dict[str, object] = {"routing": routing, "known": torch.cat([k for k in known if len(k)]) if len(routing.known) else None}
         decoders = len(runner.get_model().towers)
         parts = [group for group in routing.groups if group.slot <= decoders and group.tokens is not None and len(group.tokens)]
         more["attention"] = {group.slot: self.attention.of_step(group) for group in parts} if not captured else {}
@@ -94,7 +96,7 @@ class RoutesSteps:
 
     def _known(self, ends: list[int]) -> list[torch.Tensor]:
         """Per request: hidden states of its first tokens in this step that its decoder has seen while drafting, [n, H_memory]."""
-        runner: Any = self
+        runner: GPUModelRunner = self
         batch = runner.input_batch
         if runner.speculative_config is None or not runner.drafter.seen:
             return [NONE_KNOWN] * len(batch.req_ids)
@@ -103,7 +105,7 @@ class RoutesSteps:
 
     def _calc_spec_decode_metadata(self, num_draft_tokens: Numbers, cu_num_tokens: Numbers) -> SpecDecodeMetadata:
         """What is to be verified; where that is nothing, the one field that is read: the last token of each request."""
-        runner: Any = self
+        runner: GPUModelRunner = self
         if num_draft_tokens.any():
             return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_tokens)  # type: ignore[misc]
         none, last = torch.zeros(0, dtype=torch.int32), torch.from_numpy(cu_num_tokens - 1).to(runner.device)
@@ -119,7 +121,7 @@ class RoutesSteps:
         """The drafter itself keeps each request within the context; vLLM would stop drafting for all near one's end."""
         return common_attn_metadata is not None
 
-    def _row(self, request: Any, tokens: int, known: int) -> RowChoice:
+    def _row(self, request: CachedRequestState, tokens: int, known: int) -> RowChoice:
         """A request's row of this step; what it chose is read once and kept with it."""
         if not hasattr(request, "memory"):
             request.memory = chosen(MemoryChoice.of(request.sampling_params), self.slots)
@@ -150,13 +152,13 @@ class TellsTimes:
 
     def step_times(self) -> dict[str, tuple[float, int]]:
         """Part of a step -> seconds and calls since the start."""
-        worker: Any = self
+        worker: WorkerBase = self
         times: dict[str, tuple[float, int]] = worker.model_runner.get_model().times.totals()
         return times
 
     def draft_counts(self) -> dict[str, tuple[int, int]]:
         """Drafter -> tokens drafted and tokens accepted since the start."""
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        runner: GPUModelRunner = self.model_runner  # type: ignore[attr-defined]
         none = dict.fromkeys((DECODER, NGRAM), (0, 0))
         return none | (runner.drafter.lengths.counts if runner.speculative_config is not None else {})
 

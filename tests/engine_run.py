@@ -13,12 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-
 
 def main(job_path: str, result_path: str) -> None:
     """Run a job."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # not when this is imported: a test's process would give it to the servers that it starts
+    )
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm import LLM, SamplingParams
 
     from memdec.server.choice import SLOT, MemoryChoice

@@ -145,7 +145,8 @@ def _fill_engine(args: Namespace, settings: Settings, given: Collection[str]) ->
     if args.structured_outputs_config.backend == "auto":
         # The front end would choose by request, the engine once: what the one accepts could fail in the other.
         args.structured_outputs_config.backend = "xgrammar"
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and args.distributed_executor_backend is None:
+    one_rank = args.tensor_parallel_size == args.pipeline_parallel_size == 1  # of several, one alone would wait for the others for ever
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and args.distributed_executor_backend is None and one_rank:
         args.distributed_executor_backend = "uni"
     if on_cpu and args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         args.kv_cache_memory_bytes = 1 << 30  # vLLM would take most of the machine's memory

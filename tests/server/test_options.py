@@ -240,6 +240,13 @@ def test_values_that_memories_cannot_have(words: list[str], told: str, toys: Pat
         given(toys, *words)
 
 
+def test_the_worker_shares_a_process_only_where_it_is_alone(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank of two in the engine's process would wait for the other for ever."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    assert given(toys)[2].distributed_executor_backend == "uni"
+    assert given(toys, "--tensor-parallel-size", "2")[2].distributed_executor_backend is None
+
+
 def test_the_greeting_says_where_the_server_is() -> None:
     """A curl that works, for a socket and for IPv6 too."""
     where = Namespace(uds=None, ssl_certfile=None, host="::1", port=8000)

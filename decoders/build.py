@@ -25,11 +25,11 @@ from memdec.decoders.perplexity import measure, table
 from memdec.decoders.pretrain import DECODER, Shape
 from memdec.decoders.reading.errors import OptionError
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
-from memdec.decoders.reading.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
+from memdec.decoders.reading.tokenizer import end_of_document, load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.reading.weights import check_weights, fingerprint_model
 from memdec.decoders.start import Start, chosen_layers, layers_of
 from memdec.decoders.teacher import write_student, write_tuned
-from memdec.decoders.tokens import end_of_document, load_tokens, write_tokens
+from memdec.decoders.tokens import load_tokens, write_tokens
 
 DEFAULTS = BuildOptions()
 

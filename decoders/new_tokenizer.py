@@ -7,7 +7,8 @@ from tokenizers import decoders as token_decoders
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
-END_OF_TEXT = "<|endoftext|>"
+from memdec.decoders.reading.tokenizer import END_OF_TEXT
+
 CHAT_MARKS = ("<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
     "{% if tools %}<|system|>\nTools: {{ tools | tojson }}\n"

@@ -19,9 +19,9 @@ from memdec.decoders.arrays import GrowingArray
 from memdec.decoders.corpus import SPLITS
 from memdec.decoders.manifest import Bookmark, Manifest, stage
 from memdec.decoders.near_duplicates import Cleaned
-from memdec.decoders.new_tokenizer import END_OF_TEXT
 from memdec.decoders.reading.array_types import Ids
 from memdec.decoders.reading.errors import CorpusError
+from memdec.decoders.reading.tokenizer import end_of_document
 
 BATCH = 64  # documents per tokenizer call
 MINIMUM = 5_000  # tokens per split: fewer can't be measured on
@@ -65,12 +65,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], folder:
     ends.close()
     mark.move(tokens=ids.length, documents=ends.length)
     return ids.length
-
-
-def end_of_document(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token that ends a document: END_OF_TEXT where the tokenizer has it, since a chat model's own end token ends a turn."""
-    end: int | None = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
-    return end
 
 
 def load_tokens(folder: Path, split: str) -> Ids:

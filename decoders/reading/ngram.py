@@ -119,6 +119,8 @@ class NgramMemory:
             for _ in pool.map(lambda name: check_file(folder / name, record.files[name].model_dump()), record.files):
                 pass
         memory = cls(folder, record, [Shard(folder / f"shard-{i}", record.vocabulary) for i in range(record.shards)])
+        for shard in memory.shards:
+            shard.require_ends(record.end)
         if sum(len(shard.suffixes) for shard in memory.shards) != record.tokens:
             raise PackageError(f"{folder / NAME}: tokens is {record.tokens:,}, its shards have another number; make it again")
         return memory

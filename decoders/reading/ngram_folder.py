@@ -6,6 +6,7 @@ the discounts are the text's own. Answers may name its documents where a request
 
 import hashlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -23,7 +24,7 @@ from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE
 from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.ngram_index import Text, Vocabulary, write_memory
 from memdec.decoders.reading.ngram_record import FORMAT, NAME
-from memdec.decoders.reading.tokenizer import token_map_hash
+from memdec.decoders.reading.tokenizer import end_of_document, token_map_hash
 
 Row = NDArray[np.uint32]
 BATCH = 64  # documents per tokenizer call
@@ -34,9 +35,10 @@ SHARD_TOKENS = 1 << 26  # of a shard at most, unless one document has more: maki
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """What a memory must know of a tokenizer. Raises PackageError if it has no token for a document's end."""
-    if tokenizer.eos_token_id is None:
+    end = end_of_document(tokenizer)
+    if end is None:
         raise PackageError(f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, which separates documents")
-    return Vocabulary(max(tokenizer.get_vocab().values()) + 1, token_map_hash(tokenizer), int(tokenizer.eos_token_id))
+    return Vocabulary(max(tokenizer.get_vocab().values()) + 1, token_map_hash(tokenizer), end)
 
 
 def documents_in(folder: Path) -> Iterator[Document]:
@@ -64,12 +66,12 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
 
     Raises CorpusError if there is no document.
     """
-    iterator, size, empty = iter(documents), 0, True
+    iterator, size, empty, end = iter(documents), 0, True, vocabulary_of(tokenizer).end
     rows: list[Row] = []
     names: list[str] = []
     with tqdm(desc="tokens", unit=" documents") as bar:
         while batch := list(islice(iterator, BATCH)):
-            for document, row in zip(batch, _encoded(batch, tokenizer), strict=True):
+            for document, row in zip(batch, _encoded(batch, tokenizer, end), strict=True):
                 if size + len(row) > SHARD_TOKENS and size:
                     yield _joined(rows, names)
                     rows, names, size = [], [], 0
@@ -82,9 +84,9 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
     yield _joined(rows, names)
 
 
-def _encoded(batch: list[Document], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def _encoded(batch: list[Document], tokenizer: PreTrainedTokenizerBase, end: int) -> list[Row]:
     encoded = tokenizer([document.text for document in batch], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [np.array([*row, tokenizer.eos_token_id], np.uint32) for row in encoded]
+    return [np.array([*row, end], np.uint32) for row in encoded]
 
 
 def _joined(rows: list[Row], names: list[str]) -> Text:
@@ -108,15 +110,24 @@ def index_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, 
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache, ignore_cleanup_errors=True) as partial:
             written = Path(partial) / "made"
-            write_memory(
+            record = write_memory(
                 written, name, tokenize(documents_in(folder), tokenizer), vocabulary, sources=sources, order=ORDER, **by_length(LAMBDAS)
             )
             _put(written, out)
+            _warn_of_little(folder, record.tokens)
     except OSError as error:
         raise ManifestError(f"{error.filename or cache}: {error.strerror or error}; nothing was kept of the index of {folder}") from None
     except CorpusError as error:
         raise CorpusError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
     return out
+
+
+def _warn_of_little(folder: Path, tokens: int) -> None:
+    """Say in one line that a text is shorter than the order: it is a memory all the same, of shorter contexts."""
+    if tokens < ORDER:
+        print(
+            f"memdec: warning: {folder}: has {tokens} tokens of text, fewer than the order, {ORDER}; add text", file=sys.stderr, flush=True
+        )
 
 
 def by_length(lambdas: Sequence[float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from memdec.decoders.reading.errors import CorpusError
 from memdec.decoders.reading.ngram import discount_of
 from memdec.decoders.reading.ngram_record import DEFAULT_LAMBDA, DEFAULT_ORDER, DOCUMENTS, FORMAT, LONGEST_ORDER, NAME, NgramRecord
-from memdec.decoders.reading.ngram_shard import Shard, write_shard
+from memdec.decoders.reading.ngram_shard import Shard, ended, write_shard
 from memdec.decoders.reading.record import checked
 from memdec.decoders.reading.retrieval import describe
 from memdec.decoders.reading.suffix_array import grams
@@ -61,9 +61,11 @@ def write_memory(folder: Path, domain: str, texts: Iterable[Text], vocabulary: V
 
 
 def add_shard(folder: Path, number: int, text: Text, vocabulary: Vocabulary) -> None:
-    """Write one shard. Raises OSError; CorpusError on a text without tokens, or with tokens outside the vocabulary."""
+    """Write one shard. Raises OSError; CorpusError on a text without tokens, with tokens outside the vocabulary, or without its end tokens."""
     if len(text.ids) <= len(text.ends):
         raise CorpusError("no document with a token in it; wanted some text")
+    if not ended(text.ids, text.ends, vocabulary.end):
+        raise CorpusError(f"a document doesn't end with token {vocabulary.end}, the tokenizer's end of a document")
     if (largest := int(text.ids.max())) >= vocabulary.size:
         raise CorpusError(f"token {largest} in the text, wanted ids below {vocabulary.size}, the tokenizer's")
     place = folder / f"shard-{number}"

@@ -36,6 +36,11 @@ def token_type(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(">u2" if vocabulary <= 1 << 16 else ">u4")
 
 
+def ended(ids: NDArray[Any], ends: Numbers, end: int) -> bool:
+    """Whether each document of `ids` [tokens] has the token `end` behind it; without, contexts would reach across documents, or behind the text."""
+    return len(ends) > 0 and int(ends[-1]) == len(ids) and bool((ids[ends - 1] == end).all())
+
+
 def write_shard(folder: Path, ids: NDArray[Any], ends: Numbers, end: int, vocabulary: int, longest: int) -> None:
     """Write a shard of `ids` [tokens], which end with `end`; frequent contexts have fewer than `longest` tokens. Raises OSError."""
     suffixes = sort_suffixes(ids)
@@ -101,9 +106,16 @@ class Shard:
         self.counts: NDArray[np.int32] = np.frombuffer(_mapped(folder / COUNTS), "<i4")
         self._check(vocabulary)
 
+    def require_ends(self, end: int) -> None:
+        """Raise PackageError unless each document has the token `end` behind it."""
+        if not len(self.ends) or int(self.ends.min()) < 1 or int(self.ends.max()) > len(self.ids) or not ended(self.ids, self.ends, end):
+            raise PackageError(f"{self.folder}: a document doesn't end with token {end}, as its record says; make it again")
+
     def _check(self, vocabulary: int) -> None:
         """Raise PackageError if arrays don't fit each other: hashes say that they are as they were written, not that they are right."""
         count = len(self.ids)
+        if not count:
+            raise PackageError(f"{self.folder}: {TOKENS} is empty; make it again")
         if len(self.suffixes) > count or len(self.first) != vocabulary + 1 or self.first[-1] != len(self.suffixes):
             raise PackageError(f"{self.folder}: its arrays have lengths that don't fit each other; make it again")
         if int(self.ids.max()) >= vocabulary:

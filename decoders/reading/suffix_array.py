@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-DEPTH = 32  # tokens that the order looks at; longer repetitions stay in the order of their positions
+DEPTH = 32  # tokens that the order looks at, a power of two; longer repetitions stay in the order of their positions
 
 Suffixes = NDArray[np.int32]
 """Positions, [tokens], in the order of what begins there."""
@@ -22,8 +22,10 @@ def sort_suffixes(ids: NDArray[Any]) -> Suffixes:
 
     Prefix doubling (Manber and Myers, 1993): ranks by 2n tokens come from two ranks by n tokens. Needs about 50 bytes a token meanwhile.
     """
+    if not len(ids):
+        return np.zeros(0, np.int32)
     count, bits = len(ids), (int(ids.max()) + 1).bit_length()
-    depth = 64 // bits
+    depth = min(DEPTH, 1 << (64 // bits).bit_length() - 1)  # a power of two, so that doubling ends at DEPTH and not beyond it
     key: Ranks = np.zeros(count, np.uint64)
     for i in range(depth):  # the first tokens, packed into one number; 0 stands for what lies behind the end
         key <<= np.uint64(bits)

@@ -15,6 +15,7 @@ from memdec.decoders.reading.files import read_bytes
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
 MOST = 128 << 20  # bytes of the copied files, four times the largest known tokenizers
+END_OF_TEXT = "<|endoftext|>"
 TRUST = "MEMDEC_TRUST_REMOTE_CODE"  # environment variable, so that child processes inherit it; "1" after --trust-remote-code
 
 
@@ -35,6 +36,12 @@ def load_tokenizer(folder: Path | str, name: Path | str | None = None) -> PreTra
     except BaseException as error:  # transformers raises many kinds here, and a panic of tokenizers is no Exception
         raise PackageError(f"{name}: no usable tokenizer ({first_line(error).replace(str(folder), str(name))[:300]})") from None
     return loaded
+
+
+def end_of_document(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the token that ends a document: END_OF_TEXT where the tokenizer has it, since a chat model's own end token ends a turn."""
+    end: int | None = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+    return end
 
 
 def load_copied(folder: Path, within: Sequence[Path] = ()) -> PreTrainedTokenizerBase:

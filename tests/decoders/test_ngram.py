@@ -1,16 +1,20 @@
 """N-gram memories against plain counting: every order, several shards, contexts never seen, frequent contexts, drafts and sources."""
 
+import itertools
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from ngrams import Reference, make_memory, random_documents
 
 from memdec.decoders.reading import ngram_shard
-from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.errors import CorpusError, PackageError
 from memdec.decoders.reading.ngram import NgramMemory
-from memdec.decoders.reading.ngram_index import Vocabulary
+from memdec.decoders.reading.ngram_index import Text, Vocabulary, add_shard
 from memdec.decoders.reading.suffix_array import DEPTH, sort_suffixes
 
 END, SIZE = 0, 40
@@ -75,6 +79,50 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     memory = make_memory(tmp_path / "m", {"a": [70_000, 2, 100_000, 70_000, 2, 5]}, large)
     assert memory.continuations([70_000, 2]).token_ids.tolist() == [5, 100_000]
     assert memory.continuations([4464, 2]).matched == 1  # 70,000 in two bytes
+
+
+def in_order(text: list[int]) -> list[int]:
+    """The order that `sort_suffixes` states, by Python's own sorting."""
+    return sorted(range(len(text)), key=lambda at: (text[at : at + DEPTH], at))
+
+
+SHORT = st.lists(st.sampled_from([0, 1, 2, 300, 65_535]), max_size=5)
+REPEATED = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 40), SHORT).map(lambda x: x[0] * x[1] + x[2])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.one_of(SHORT, REPEATED), st.sampled_from(["u2", ">u2", "u4", ">u4", "i8"]))
+@example([], "u2")
+@example([0] * 33, "u2")
+@example([5] * 200, ">u2")
+def test_suffixes_of_short_and_of_repeated_texts(text: list[int], kind: str) -> None:
+    """From no token on; repetitions longer than DEPTH stay in the order of their positions, whatever number of bits a token takes."""
+    assert sort_suffixes(np.array(text, kind)).tolist() == in_order(text)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 40, 1 << 17])
+@pytest.mark.parametrize("lengths", [(1,), (2,), (3,), (4,), (0, 1), (1, 1), (2, 1), (0, 3)])
+def test_memories_of_a_few_tokens(tmp_path: Path, lengths: tuple[int, ...], vocabulary: int) -> None:
+    """Of 1 to 4 tokens, all equal or not, in one document or two: each context is answered, matched or not."""
+    for number, row in enumerate(([1, 1, 1, 1], [1, 2, 1, 2])):
+        documents = {f"{i}": row[:length] for i, length in enumerate(lengths)}
+        memory = make_memory(tmp_path / f"{number}", documents, Vocabulary(vocabulary, "0123abcd", END), order=8, sources=True)
+        reference = Reference(list(documents.values()), END, 8)
+        for context in (part for size in range(4) for part in itertools.product((0, 1, 2), repeat=size)):
+            assert memory.continuations(context).matched == reference.matched(context)
+            assert len(memory.draft(context, 3)) <= 3 and len(memory.occurrences(context)) <= 3
+
+
+def test_texts_without_end_tokens_are_refused(tmp_path: Path) -> None:
+    """Behind such a text's last token there is nothing to read: both when it is written and when a package says another end."""
+    (tmp_path / "m").mkdir()
+    with pytest.raises(CorpusError, match="doesn't end with token 2"):
+        add_shard(tmp_path / "m", 0, Text.of({"a": [1, 3]}, 0), Vocabulary(SIZE, "0123abcd", 2))
+    make_memory(tmp_path / "n", {"a": [1, 3]}, TOYS)
+    record = json.loads((tmp_path / "n" / "ngram.json").read_text())
+    (tmp_path / "n" / "ngram.json").write_text(json.dumps({**record, "end": 2}))
+    with pytest.raises(PackageError, match="doesn't end with token 2"):
+        NgramMemory.open(tmp_path / "n")
 
 
 @pytest.mark.parametrize("largest", [1, 5, 300, 65_535, 1 << 20])

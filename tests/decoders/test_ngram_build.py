@@ -18,7 +18,7 @@ from memdec.decoders.reading.errors import CorpusError, DecoderError, ManifestEr
 from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.ngram_folder import LAMBDAS, index_folder, open_or_index, vocabulary_of
 from memdec.decoders.reading.ngram_index import Vocabulary
-from memdec.decoders.reading.tokenizer import load_tokenizer
+from memdec.decoders.reading.tokenizer import end_of_document, load_tokenizer
 
 LIBRARY = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[40:80]
 
@@ -165,13 +165,28 @@ def test_a_folder_is_indexed_once(corpus: Path, toys: Path, tmp_path: Path) -> N
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")]
 
 
-def test_a_few_words_are_enough(toys: Path, tmp_path: Path) -> None:
-    """A text that is shorter than the order."""
+def test_a_few_words_are_enough(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text that is shorter than the order; one line says so."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("x")
     memory = open_or_index(tmp_path / "text", load_tokenizer(toys / "base"), tmp_path / "cache", "tiny")
     ((_, row),) = rows_of(memory)
     assert memory.continuations(row).token_ids.tolist() == [memory.end]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memdec: warning: ")]
+    assert len(told) == 1 and "has 2 tokens of text, fewer than the order, 8" in told[0]
+
+
+def test_a_document_ends_as_it_does_in_training(toys: Path, tmp_path: Path) -> None:
+    """With <|endoftext|>, also where a chat model's own end token is that of a turn; no context reaches across a document's end."""
+    tokenizer = load_tokenizer(toys / "base")
+    tokenizer.eos_token = "<|assistant|>"
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / "text" / f"{name}.txt").write_text(name)
+    memory = open_or_index(tmp_path / "text", tokenizer, tmp_path / "cache", "tiny")
+    assert memory.end == tokenizer.get_vocab()["<|endoftext|>"] == end_of_document(tokenizer)
+    row = memory.shards[0].ids.tolist()
+    assert memory.continuations(row[:2]).matched == memory.continuations(row).matched == 0
 
 
 @pytest.mark.parametrize("content", [None, {}, {"a.pdf": b"x"}, {"a.txt": b""}, {"a.txt": b" \n"}, {"a.txt": b"\xff\xfe"}])

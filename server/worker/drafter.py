@@ -1,7 +1,7 @@
-"""Self-speculation: the memory that a request mixes in also drafts its next tokens: a decoder from the same weights and the same KV cache.
+"""Self-speculation: the memory that a request mixes in also drafts its next tokens. A decoder does so with its own weights and KV cache.
 
 With a draft sampled from p_mem a token is accepted with probability 1 - (1 - lambda) * TV(p_mem, p_base), which is at least lambda
-(Leviathan et al., arXiv 2211.17192, for the mixture as target). An n-gram memory drafts how the longest match goes on, which takes
+(Leviathan et al., arXiv 2211.17192, for the mixture as target). An n-gram memory drafts what followed the longest match, which takes
 microseconds. vLLM verifies: greedy answers stay what they are, sampled ones keep their distribution.
 """
 
@@ -27,7 +27,7 @@ from memdec.server.worker.draft_length import DraftLengths
 from memdec.server.worker.fair import FairScheduler
 from memdec.server.worker.forward_contexts import Numbers
 
-LOOKED_AT = 256  # tokens that a match is looked for in; far more than the longest match has
+LOOKED_AT = 256  # last tokens of a text, with which a match is searched; far more than the longest match has
 
 
 class DraftingScheduler(FairScheduler):
@@ -35,7 +35,7 @@ class DraftingScheduler(FairScheduler):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        overwrite(self, "num_lookahead_tokens", self.num_spec_tokens)  # vLLM reserves none for a proposer of its users'
+        overwrite(self, "num_lookahead_tokens", self.num_spec_tokens)  # vLLM reserves none for a proposer of method custom_class
 
 
 def _is_constrained(request: CachedRequestState) -> bool:
@@ -44,19 +44,19 @@ def _is_constrained(request: CachedRequestState) -> bool:
 
 @dataclass(frozen=True)
 class Seen:
-    """Tokens that a request's decoder has seen while drafting; their keys and values are in the cache."""
+    """Tokens that a request's decoder ran while drafting; their keys and values are in the KV cache."""
 
     position: int
-    """Of the first one."""
+    """Position of the first token in the request's text."""
     tokens: list[int]
     hidden: Tensor
     """The decoder's hidden states, [tokens or more, H_memory]."""
 
 
 class MemoryDrafter:
-    """vLLM's proposer of method `custom_class`.
+    """A proposer for vLLM's method `custom_class`.
 
-    What it drafts from is the composite's own towers and their KV cache, so when a draft is verified its memory need not run again.
+    It drafts with the composite's own towers and their KV cache, so a decoder need not run again over its draft when that is verified.
     """
 
     adaptive = True
@@ -67,21 +67,21 @@ class MemoryDrafter:
         self.context: int = vllm_config.model_config.max_model_len
         self.vocabulary: int = vllm_config.model_config.get_vocab_size()
         self.seen: dict[str, Seen] = {}
-        """By request; of the last step alone, since blocks of the KV cache may be taken from requests that sit a step out."""
+        """Request -> what its decoder ran in the last step. Older entries are dropped: a request that sits a step out may lose its KV-cache blocks."""
         self.looked_up: dict[str, int] = {}
-        """By request: how many tokens an n-gram memory drafted for it in the last step."""
+        """Request -> number of tokens that an n-gram memory drafted for it in the last step."""
         self.ended = 0.0
-        """When the last drafting was done; 0: the step after it can't be timed."""
+        """When the last drafting ended (perf_counter); 0: nothing was drafted, so the next step can't be timed."""
 
     def load_model(self, target: Any) -> None:
-        """The composite: its towers draft."""
+        """Take the composite, whose towers draft."""
         self.model = target
         sizes = [sum(p.nbytes for p in part.parameters()) for part in (target.base, *target.towers[:1])]
         sizes += [0] * (2 - len(sizes))  # no decoder
         self.lengths = DraftLengths(self.most, sizes[1] / sum(sizes))
 
     def attach(self, runner: GPUModelRunner) -> None:
-        """The runner, once its KV cache is set up."""
+        """Take the runner, once its KV cache is set up."""
         self.runner = runner
 
     @torch.inference_mode()
@@ -91,7 +91,7 @@ class MemoryDrafter:
         """Draft tokens of each request of the batch; none for requests without a decoder or an n-gram memory.
 
         `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
-        `num_tokens_no_spec` [requests] count.
+        `num_tokens_no_spec` [requests] are valid.
         """
         if not any(self._request(row).memory[0] for row in range(len(sampled_token_ids))):
             self.seen, self.looked_up, self.ended = {}, {}, 0.0
@@ -110,7 +110,7 @@ class MemoryDrafter:
         probabilities = None
         if by_slot and not sampling.all_greedy:
             probabilities = torch.zeros(len(lengths), max(lengths), self.vocabulary, device=self.runner.device)
-            for row, draft in enumerate(drafts):  # what was looked up is certain; vLLM takes it so where it is given no probabilities
+            for row, draft in enumerate(drafts):  # drafted with probability 1, which vLLM assumes where there are no probabilities
                 probabilities[row, range(len(draft)), draft] = 1.0
         started = time.perf_counter()
         for slot, rows in by_slot.items():
@@ -126,14 +126,14 @@ class MemoryDrafter:
         return drafts
 
     def _look_up(self, row: int, length: int, text: Numbers) -> list[int]:
-        """How the longest match of a row's text goes on, at most `length` tokens."""
+        """What followed the longest match of a row's text in its n-gram memory, at most `length` tokens."""
         with self.model.times.part("drafting", self.runner.device):
-            found: list[int] = self.model.ngrams.loaded[self._request(row).memory[0]].draft(text[-LOOKED_AT:].tolist(), length)
-        self.looked_up[self.runner.input_batch.req_ids[row]] = len(found)
-        return found
+            draft: list[int] = self.model.ngrams.loaded[self._request(row).memory[0]].draft(text[-LOOKED_AT:].tolist(), length)
+        self.looked_up[self.runner.input_batch.req_ids[row]] = len(draft)
+        return draft
 
     def _learn(self, sampled_token_ids: list[list[int]]) -> None:
-        """What the step that has just run says of acceptance, and of its own cost."""
+        """Learn from the step that has just run: how many drafts were accepted, and what the step cost."""
         runner = self.runner
         ids: list[str] = runner.input_batch.req_ids
         counts = np.diff(runner.query_start_loc.np[: len(ids) + 1])
@@ -143,27 +143,27 @@ class MemoryDrafter:
                 self.lengths.verified(name, self._kind(runner.requests[name]), drafted, len(new) - 1)
             if new and drafted:
                 self.lengths.count(DECODER if name in self.seen else NGRAM, drafted, len(new) - 1)
-        # Nothing was waited for if a request was here before, and prompts cost what drafts never will.
+        # Timed only if a request was in the step before, so that no wait lies between; not with prompts, whose tokens cost more than drafts.
         if self.ended and counts.max() <= self.most + 1 and any(name in self.lengths.requests for name in ids):
             self.lengths.step.add(int(counts.sum()), time.perf_counter() - self.ended)
         self.lengths.keep(set(ids))
 
     def _drafted(self, name: str, verified: int) -> int:
-        """Tokens that were drafted for a request's last step, of which so many were verified.
+        """How many drafted tokens of a request's last step count as tried; `verified` of them reached the verifier.
 
-        What a grammar drops never reaches the verifier, and is as wrong as what that rejects. vLLM shows a drafter no grammar: the mask of
-        the next token exists only after this one is accepted, in the scheduler. What else is dropped (a full step) says nothing.
+        Under a grammar all count: those that it drops are as wrong as rejected ones. (vLLM shows a drafter no grammar: the mask of a token exists
+        in the scheduler, once the token before it is accepted.) Otherwise tokens are dropped where a step is full, which says nothing of them.
         """
         drafted = len(self.seen[name].tokens) if name in self.seen else self.looked_up.get(name, 0)
         return verified if drafted and not _is_constrained(self.runner.requests[name]) else drafted
 
     @staticmethod
     def _kind(request: CachedRequestState) -> Hashable:
-        """Requests of one kind are accepted alike: those of one slot, under a grammar or not."""
+        """A request's slot, and whether it has a grammar: requests that agree in both have about the same acceptance rate."""
         return request.memory[0], _is_constrained(request)
 
     def known(self, request: str, position: int, tokens: Numbers) -> Tensor:
-        """Hidden states of the first of these tokens, at `position` and on, that were drafted: [n, H_memory]."""
+        """The decoder's hidden states of the first n of `tokens`, from `position` on, as far as they are what it ran while drafting: [n, H_memory]."""
         seen = self.seen.get(request)
         if seen is None or seen.position != position:
             return NONE_KNOWN
@@ -177,7 +177,7 @@ class MemoryDrafter:
         return self.runner.requests[self.runner.input_batch.req_ids[row]]
 
     def _lengths(self, sampled_token_ids: list[list[int]], tokens: Numbers) -> list[int]:
-        """How many tokens to draft for each request: what is best by what is known, but always as many for one with a seed, which repeats; under a grammar none for that."""
+        """How many tokens to draft for each request, as DraftLengths chooses. Requests with a seed get a fixed number, so that they repeat; under a grammar none."""
         batch = self.runner.input_batch
         able = [bool(new) and self._drafter(self._request(row)) is not None for row, new in enumerate(sampled_token_ids)]
         limits = [self._limit(self._request(row), int(tokens[row])) if able[row] else 0 for row in range(len(able))]
@@ -196,17 +196,17 @@ class MemoryDrafter:
         return limits
 
     def _drafter(self, request: CachedRequestState) -> str | None:
-        """The kind of memory that drafts for a request; None: nothing does."""
+        """The kind of memory that drafts for a request; None if it has none that can."""
         slot = request.memory[0]
         if 0 < slot <= len(self.model.towers):
             return DECODER
         return NGRAM if slot in self.model.ngrams.loaded else None
 
     def _limit(self, request: CachedRequestState, tokens: int) -> int:
-        """The most that can be drafted for a request that has `tokens`: it takes one more than it accepts."""
+        """The most tokens that may be drafted for a request whose text has `tokens`; a step adds one to those it accepts."""
         params = request.sampling_params
         if params.min_p or params.logit_bias:
-            return 0  # nothing that vLLM's verifier knows
+            return 0  # vLLM's verifier can't apply these
         left = (params.max_tokens or self.context) - len(request.output_token_ids)
         return max(0, min(self.most, left - 1, self.context - tokens - 1))
 
@@ -241,7 +241,7 @@ class MemoryDrafter:
     def _sampled(self, logits: Tensor, requests: Tensor, number: int, sampling: SamplingMetadata, probabilities: Tensor) -> Tensor:
         """Tokens drawn from the memory at each request's temperature; the most likely ones where that is 0. logits [n, V] float32.
 
-        Any distribution is exact as long as the verifier is told; one shaped like the target's is accepted most.
+        Every distribution is exact if the verifier is given its probabilities; one shaped like the target's is accepted most often.
         """
         at = requests.to(logits.device)
         temperature = sampling.temperature.index_select(0, at)  # type: ignore[union-attr]  # there unless all are greedy

@@ -1,4 +1,4 @@
-"""A right stand-in for one of vLLM's Triton kernels on CPUs, where sampled speculation needs it.
+"""A correct replacement of one of vLLM's stand-ins for Triton kernels on CPUs, which speculation with sampling needs.
 
 vLLM 0.32's own casts temperatures and top-p to whole numbers and writes the result into a copy, so that the verifier's target
 distribution is whatever lay in memory.
@@ -20,7 +20,7 @@ def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: float, re
 
 
 def install() -> None:
-    """Let vLLM's rejection sampler use it from now on, once vLLM has put its stand-ins in place."""
+    """Let vLLM's rejection sampler use `expand` from now on; call it once vLLM has put its own stand-ins in place."""
     kernel: object = rejection_sampler.expand_kernel
     if isinstance(kernel, KernelOverride):  # with a Triton for CPUs the kernel itself runs
         overwrite(kernel, "_impl", expand)

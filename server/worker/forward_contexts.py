@@ -64,14 +64,14 @@ class MemoryAttention:
 
 
 class RunnerAttention(MemoryAttention):
-    """For vLLM's V1 runner, whose KV cache is set up."""
+    """MemoryAttention for vLLM's V1 runner, once its KV cache is set up."""
 
     def __init__(self, runner: GPUModelRunner, layer_names: list[str]) -> None:
         super().__init__(runner.vllm_config, runner.attn_groups, layer_names, runner.device)
         self.runner = runner
 
     def of_step(self, group: Group) -> ForwardContext:
-        """For one group of the step that is being run: each of its requests' last tokens. A group that is the whole step needs no context of its own."""
+        """A context for one group of the running step: the last tokens of each of its requests. A group that is all of the step needs none."""
         mappings: dict[str, Tensor] = get_forward_context().slot_mapping
         slots = {number: mappings[names[0]].index_select(0, group.tokens) for number, _, names in self.parts}  # type: ignore[arg-type]
         seen = self.runner.optimistic_seq_lens_cpu[group.requests]
@@ -79,7 +79,7 @@ class RunnerAttention(MemoryAttention):
         return self.of(self._tables(), group.requests, group.lengths, seen, slots, seq_lens)
 
     def of_next_tokens(self, requests: Tensor, positions: Tensor) -> ForwardContext:
-        """For one further token of each request, at positions [requests] int64 on the CPU, which is the last one it sees."""
+        """A context for one further token of each request, at `positions` [requests] int64 on the CPU; it attends to all tokens up to itself."""
         slots = {}
         for number in self.numbers:
             table = self.runner.input_batch.block_table[number]

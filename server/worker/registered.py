@@ -9,5 +9,5 @@ class MemoryDecoderForCausalLM(Composite):
 
     @staticmethod
     def get_model_state_cls() -> type:
-        """What vLLM's V2 runner asks a model for."""
+        """The ModelState, for which vLLM's V2 runner asks a model."""
         return MemoryModelState

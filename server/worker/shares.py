@@ -1,4 +1,7 @@
-"""Whose turn it is, where requests of several clients compete for the engine's steps: equal shares of its time, whatever one of them asks."""
+"""Decides whose turn a step is where several clients compete for the engine: each gets an equal share of its time, however much it asks for.
+
+Guests are the clients that take part in a step whose turn is another's.
+"""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -7,24 +10,24 @@ from typing import TypeVar
 from memdec.server.worker.draft_length import StepCost
 
 BACKGROUND = "background"
-"""The client whose turn comes when no other wants one: replays."""
-MANY = 1 << 20
-BESIDE = 2.0  # how many times as long a step may take with guests; 1.5 was no better (measured)
-BETWEEN = 3.0  # the same for steps between another's requests, which wait half of such a step
-SMALL = 8  # tokens of a step that tells what one request alone takes
-LATEST = 0.1  # weight of a new step in its size's mean
-TOO_MUCH = 1.0  # times the turn's own step: a client whose rows add more, however few they are, sits out the steps of others
-RETRY = 0.97  # of what a client was seen to add, with each step it sits out: after some dozens it may show again what its rows add
+"""The client of replays, which gets a turn only when no other client wants one."""
+MANY = 1 << 20  # tokens: no bound
+BESIDE = 2.0  # times as long as without guests that a step may take; 1.5 was no better (measured)
+BETWEEN = 3.0  # the same while a neighbour has no request: its next one waits for half of such a step
+SMALL = 8  # a step of at most this many tokens shows what one request alone takes
+LATEST = 0.1  # weight of a new step in the mean of its size
+TOO_MUCH = 1.0  # times the usual step: a client that lengthens others' steps by more is kept out of them, however few its rows
+RETRY = 0.97  # factor on what a client was measured to add, for each step it is kept out of: after some dozens it is measured again
 REMEMBERED = 256  # clients whose step times are kept, the latest ones
 Asked = TypeVar("Asked")
 Value = TypeVar("Value")
 
 
 class SizeTimes:
-    """What steps take by the number of their tokens, in doublings.
+    """Seconds of a step by its number of tokens: a mean for each power of two.
 
-    Each doubling remembers its own mean. One line over all recent steps would not do: while a greedy client fills them they all have one size, and
-    what a small step takes is forgotten.
+    A line through all recent steps would not do: while a greedy client fills the steps they all have one size, and the time of small steps would
+    be forgotten.
     """
 
     def __init__(self) -> None:
@@ -32,19 +35,22 @@ class SizeTimes:
         """Bit length of the number of tokens -> mean tokens and mean seconds, the latest steps counting most."""
 
     def add(self, tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+        """Record a step of `tokens` tokens that took `seconds`."""
         size = tokens.bit_length()
         x, y = self.means.get(size, (float(tokens), seconds))
         self.means[size] = x + LATEST * (tokens - x), y + LATEST * (seconds - y)
 
     def of(self, tokens: int) -> float | None:
-        """Mean seconds of steps of about so many tokens: of the next size that is known, the smaller first. None: no size is known."""
+        """Mean seconds of a step of about `tokens` tokens, from the nearest size that is known, the smaller of two; None if no size is."""
         size = tokens.bit_length()
         known = min(self.means, key=lambda other: (abs(other - size), other), default=None)
         return None if known is None else self.means[known][1]
 
     def beside_the_smallest(self, times: float = BESIDE) -> int:
-        """Further tokens with which a step of the smallest size takes so many times as long; 1 while no small size, or no other, is known."""
+        """Number of tokens that may be added to a step of the smallest size until it takes `times` as long.
+
+        It is 1 until a size of at most SMALL tokens is known, and a larger one.
+        """
         points = [self.means[size] for size in sorted(self.means)]
         if len(points) < 2 or points[0][0] > SMALL:
             return 1
@@ -58,29 +64,30 @@ class SizeTimes:
 
 
 class Shares:
-    """Each step is one client's: the one that has had the least of the engine's time. The others' requests come along as far as they hardly delay it.
+    """Gives each step to the client that has had least of the engine's time; guests take part as far as they hardly delay it.
 
-    What a step takes is measured by its size. A client whose turn it isn't may have as many tokens in it as make it take BESIDE times what the
-    smallest steps take: so a request takes about twice its time beside one other client, however much that one asks.
+    The time of a step is measured by its number of tokens. Each guest may have as many tokens as make the smallest steps take BESIDE times as
+    long; so beside one other client a request takes about twice its time, however much that client asks for.
 
-    Tokens don't tell all: rows that are sampled, drafted for or want log-probabilities cost a step more than their number suggests, in the front end,
-    too. So what each client adds to the steps of others is measured as well, and who adds too much isn't let in until it has been tried again.
+    Tokens aren't all that counts: rows that are sampled, are drafted for or want log-probabilities cost more than their number suggests, in the front
+    end too. So the time that each client adds to the steps of others is measured as well; one that adds too much is kept out, and tried again later.
     """
 
     def __init__(self) -> None:
         self.cost = StepCost()
         self.sizes = SizeTimes()
-        """Of all steps that one client had to itself."""
+        """Times of all steps without guests."""
         self.alone: dict[str, SizeTimes] = {}
-        """The same by client."""
+        """Client -> times of its steps without guests."""
         self.added: dict[str, float] = {}
-        """Seconds by which a client lengthens the steps of others that it takes part in."""
+        """Client -> seconds by which it lengthens a step as a guest."""
         self.used: dict[str, float] = {}
-        """Seconds of the engine by client. One that comes, or comes back, has had no less than the one with the least: what it didn't use is gone."""
+        """Client -> seconds of the engine that it has used. One that comes, or comes back, starts at `least`: time that it didn't use is gone."""
         self.least = 0.0
+        """Seconds that the client of the last turn had used, the least of all then."""
 
     def turn(self, clients: Iterable[str]) -> str:
-        """Whose step the next one is, of the clients that have something to run."""
+        """The client that gets the next step, of those that have requests to run."""
         wanting = sorted(clients)
         for client in wanting:
             self.used[client] = max(self.used.get(client, 0.0), self.least)
@@ -91,29 +98,29 @@ class Shares:
 
     @property
     def fixed(self) -> float:
-        """Seconds that a step takes without any tokens: 0 while all had one size, which tells nothing of it."""
+        """Estimated seconds of a step that don't depend on its tokens; 0 before the first step."""
         count, x, _, y, _ = self.cost.sums
         return max(0.0, y - self.cost.slope * x) / count if count else 0.0
 
     @property
     def guests(self) -> int:
-        """Tokens that each client whose turn it isn't may have in a step, at least one."""
+        """Number of tokens, at least one, that each guest may have in a step."""
         return self.sizes.beside_the_smallest()
 
     @property
     def between(self) -> int:
-        """Tokens that a client may have in a step while nobody else has anything to run, but may have at any moment."""
+        """Number of tokens that a client may have in a step while no other has requests, but a neighbour may send one at any moment."""
         return self.sizes.beside_the_smallest(BETWEEN)
 
     def usual(self, client: str, tokens: int) -> float | None:
-        """Seconds of a step without guests: this client's; anybody's while it had none. None: there was no such step yet."""
+        """Mean seconds of a client's step without guests; of anybody's while it had none; None before the first such step."""
         return self.alone.get(client, self.sizes).of(tokens)
 
     def joining(self, guests: Collection[str], turn: str, tokens: int) -> set[str]:
-        """Those clients that may take part in a step of `turn`, which has so many tokens of its own.
+        """The guests that may take part in a step of `turn`, which has `tokens` tokens of its own.
 
-        None while no step without guests is known; nor who is known to add more than TOO_MUCH times what the step takes. These are tried again one
-        by one: two that first came together are blamed together, and tell apart who is slow only when one comes without the other.
+        No guest may before a step without guests was measured; nor one that is known to add more than TOO_MUCH times such a step. Those are tried again
+        one by one: two guests that came together are blamed together, and only a step with one of them shows which is slow.
         """
         usual = self.usual(turn, tokens)
         if usual is None:
@@ -124,7 +131,7 @@ class Shares:
         return set(guests) - slow
 
     def learn(self, tokens: int, seconds: float, client: str = "") -> None:
-        """A step that one client had to itself, of so many tokens, took so long."""
+        """Record a client's step without guests: `tokens` tokens took `seconds`."""
         self.cost.add(tokens, seconds)
         self.sizes.add(tokens, seconds)
         times = self.alone.pop(client, None) or SizeTimes()
@@ -132,7 +139,7 @@ class Shares:
         remember(self.alone, client, times)
 
     def _learn_guests(self, seconds: float, tokens: Mapping[str, int], turn: str) -> None:
-        """A step of `turn` with guests: what it took beyond the usual is shared out among them."""
+        """Divide the time that a step of `turn` took beyond the usual among its guests; `tokens`: client -> tokens in the step."""
         guests = [client for client in tokens if client != turn]
         usual = self.usual(turn, tokens.get(turn, 0))
         if usual is None or turn not in tokens:
@@ -142,7 +149,7 @@ class Shares:
             remember(self.added, guest, max(0.0, self.added.pop(guest, 0.0) + missed / (2 * len(guests))))
 
     def took(self, seconds: float, tokens: Mapping[str, int], turn: str = "") -> None:
-        """A step of `turn` took so long, in which each client had so many tokens: all share what it takes without any, and each pays for its own."""
+        """Charge the clients for a step of `turn` (`tokens`: client -> tokens in it): all share its fixed part, and each pays for its own tokens."""
         total = sum(tokens.values())
         if not total:
             return
@@ -157,17 +164,17 @@ class Shares:
 
 
 def remember(table: dict[str, Value], client: str, value: Value) -> None:
-    """Put down a client's newest value, and forget the clients that had none for longest, beyond REMEMBERED."""
+    """Set a client's value, and drop the values that were set longest ago, beyond REMEMBERED of them."""
     table[client] = value
     while len(table) > REMEMBERED:
         del table[next(iter(table))]
 
 
 def fitting(asked: Sequence[tuple[Asked, int]], room: int) -> Collection[Asked]:
-    """Those of the requests, in their order, whose tokens fit the room together."""
-    found = []
+    """The requests, taken in their order, whose tokens together fit into `room`; `asked` are pairs of request and tokens."""
+    admitted = []
     for one, tokens in asked:
         if tokens <= room:
-            found.append(one)
+            admitted.append(one)
             room -= tokens
-    return found
+    return admitted

@@ -1,4 +1,4 @@
-"""Slots in the worker: what a request's choice means there, and domain updates, which the front end calls between two steps on every worker."""
+"""Slots in the worker: a request's slot and lambda, and the methods by which the front end changes slots, on every worker between two steps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ def chosen(choice: MemoryChoice | None, slots: Mapping[tuple[str, str], int]) ->
 
 
 class HoldsSlots:
-    """Mixin for workers. Failures come back as text: an exception would end some executors' workers."""
+    """Mixin for workers: loads memories into slots, and unloads them. Failures are returned as text: some executors end at a worker's exception."""
 
     staged: StagedTower | StagedNgrams | None = None
 
@@ -32,7 +32,7 @@ class HoldsSlots:
         try:
             self.staged = StagedTower(model, slot, Path(path), digests, config, worker.device)
         except Exception as error:  # of whatever kind a model's constructor raises
-            return told(error)
+            return failure_text(error)
         return None
 
     def stage_ngrams(self, slot: int, path: str, revision: str) -> str | None:
@@ -43,19 +43,19 @@ class HoldsSlots:
         return None
 
     def load_staged(self, budget: int) -> bool | str | None:
-        """Work on weights of about `budget` bytes; returns whether it is complete, None if none has been read yet, or what went wrong."""
+        """Load about `budget` bytes of what is staged; returns whether it is complete, None if nothing has been read yet, or what went wrong."""
         try:
             return self._present().load(budget)
         except Exception as error:  # of whatever kind a model's loader raises
-            return told(error)
+            return failure_text(error)
 
     def install_staged(self) -> None:
-        """Put it into its slot, where requests may name it from now on."""
+        """Put the staged memory into its slot: from now on requests may use it."""
         self._present().install()
         self.staged = None
 
     def discard_staged(self) -> None:
-        """Forget what was staged."""
+        """Drop what is staged, if anything is."""
         if self.staged is not None:
             self.staged.discard()
             self.staged = None
@@ -80,7 +80,7 @@ class HoldsSlots:
         return True
 
 
-def told(error: Exception) -> str:
+def failure_text(error: Exception) -> str:
     """One line that says what went wrong; many of vLLM's assertions have no message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

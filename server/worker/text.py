@@ -12,7 +12,7 @@ from memdec.server.worker.forward_contexts import Numbers
 
 
 def text_of_v1(runner: GPUModelRunner, ends: Sequence[int]) -> StepText:
-    """From the V1 runner's table on the host; `ends` are its requests' first places in the step, and the step's end."""
+    """The step's text from the V1 runner's table on the host; `ends`: place in the step of each request's first token, then the number of tokens."""
     batch = runner.input_batch
     positions = batch.num_computed_tokens_cpu[: len(ends) - 1].tolist()
     complete = _completed(runner, ends, positions) if runner.use_async_scheduling else None
@@ -27,16 +27,16 @@ def text_of_v1(runner: GPUModelRunner, ends: Sequence[int]) -> StepText:
 
 
 def _completed(runner: GPUModelRunner, ends: Sequence[int], positions: Sequence[int]) -> Callable[[int], None]:
-    """Writes a request's tokens of this step into the host's table, where steps that are scheduled ahead leave -1 for each sampled one.
+    """Return a function that writes a request's tokens of this step into the host's table; steps that are scheduled ahead leave -1 there.
 
-    The device has them: reading them waits for what it has been given to do, this step's forward pass included. vLLM reads nothing from
-    these places. Where the runner kept its table complete, this would be dropped.
+    The device has the tokens: reading them waits for all its work, this step's forward pass included. vLLM reads nothing from these places.
+    If the runner kept its table complete, this could be dropped.
     """
 
     @cache
     def ids() -> Numbers:
-        found: Numbers = runner.input_ids.gpu[: ends[-1]].cpu().numpy()
-        return found
+        tokens: Numbers = runner.input_ids.gpu[: ends[-1]].cpu().numpy()
+        return tokens
 
     def complete(request: int) -> None:
         begin, end = ends[request], ends[request + 1]
@@ -47,7 +47,7 @@ def _completed(runner: GPUModelRunner, ends: Sequence[int], positions: Sequence[
 
 
 def text_of_v2(input_batch: InputBatch, req_states: RequestState) -> StepText:
-    """From the V2 runner's table, which its kernels write: reading it waits for the device, once a row."""
+    """The step's text from the V2 runner's table, which kernels write: each read of a row waits for the device."""
     table = req_states.all_token_ids.gpu
     indices = input_batch.idx_mapping_np.tolist()
     starts = input_batch.query_start_loc_np[: input_batch.num_reqs].tolist()

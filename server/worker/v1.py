@@ -38,26 +38,26 @@ from memdec.server.worker.text import text_of_v1
 
 
 class RoutesSteps:
-    """Mixin for vLLM's V1 model runners."""
+    """Mixin for vLLM's V1 model runners: gives the composite the routing of each step."""
 
     slots: dict[tuple[str, str], int]
     first_ngram: int
     """The lowest slot of n-gram memories."""
     attention: RunnerAttention
     last: tuple[tuple[list[RowChoice], int, bool], StepRouting] | None = None
-    """The step before: decoding steps are mostly routed alike."""
+    """What the last step's routing was made of, and that routing; it is reused, since decoding steps in a row mostly have the same."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
         if vllm_config.speculative_config is not None:
-            # vLLM leaves min_p and logit_bias out, which its verifier doesn't know: here their requests draft nothing instead.
+            # With speculation vLLM makes no logits processors of min_p and logit_bias, which its verifier can't apply. Here such requests draft nothing.
             plain = copy.copy(vllm_config)
             overwrite(plain, "speculative_config", None)
             runner: GPUModelRunner = self
             overwrite(runner.input_batch, "logitsprocs", build_logitsprocs(plain, device, PIN_MEMORY, False))
 
     def load_model(self, *args: object, **kwargs: object) -> None:
-        """Also divide the graph that vLLM would make of the whole composite."""
+        """Also replace the CUDA graph that vLLM would make of the whole composite by one of the base and one of the memories."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         runner: GPUModelRunner = self
         if isinstance(runner.model, CUDAGraphWrapper):
@@ -95,7 +95,7 @@ class RoutesSteps:
         return super()._model_forward(input_ids, *args, **more, **kwargs)  # type: ignore[misc]
 
     def _known(self, ends: list[int]) -> list[torch.Tensor]:
-        """Per request: hidden states of its first tokens in this step that its decoder has seen while drafting, [n, H_memory]."""
+        """For each request: its decoder's hidden states of those first tokens in this step that it ran while drafting, [n, H_memory]."""
         runner: GPUModelRunner = self
         batch = runner.input_batch
         if runner.speculative_config is None or not runner.drafter.seen:
@@ -104,7 +104,7 @@ class RoutesSteps:
         return [runner.drafter.known(name, int(places[i]), ids[ends[i] : ends[i + 1]]) for i, name in enumerate(batch.req_ids)]
 
     def _calc_spec_decode_metadata(self, num_draft_tokens: Numbers, cu_num_tokens: Numbers) -> SpecDecodeMetadata:
-        """What is to be verified; where that is nothing, the one field that is read: the last token of each request."""
+        """vLLM's metadata of the drafts to verify; without any, the only field that is read then, the index of each request's last token."""
         runner: GPUModelRunner = self
         if num_draft_tokens.any():
             return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_tokens)  # type: ignore[misc]
@@ -112,17 +112,17 @@ class RoutesSteps:
         return SpecDecodeMetadata(none, num_draft_tokens.tolist(), none, none, none, none, last)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
-        """Without drafts to verify, sample as vLLM does without speculation: nobody pays for what others use."""
+        """Sample; in a step without drafts to verify as vLLM does without speculation, which costs less."""
         if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
             spec_decode_metadata = None
         return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
 
     def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
-        """The drafter itself keeps each request within the context; vLLM would stop drafting for all near one's end."""
+        """Whether to draft. Our drafter keeps each request within the context; vLLM stops drafting for all requests when one is near its end."""
         return common_attn_metadata is not None
 
     def _row(self, request: CachedRequestState, tokens: int, known: int) -> RowChoice:
-        """A request's row of this step; what it chose is read once and kept with it."""
+        """The routing of a request's tokens in this step. Its slot and lambda are read from its parameters once, and kept on it."""
         if not hasattr(request, "memory"):
             request.memory = chosen(MemoryChoice.of(request.sampling_params), self.slots)
         slot, lam = request.memory
@@ -130,11 +130,11 @@ class RoutesSteps:
 
 
 class RoutedCPUModelRunner(RoutesSteps, CPUModelRunner):
-    """vLLM's V1 CPU runner, routed."""
+    """vLLM's V1 CPU runner with routing."""
 
 
 class RoutedGPUModelRunner(RoutesSteps, GPUModelRunner):
-    """vLLM's V1 CUDA runner, routed."""
+    """vLLM's V1 CUDA runner with routing."""
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
 
 
 class TellsTimes:
-    """Mixin for workers: what the front end asks for when it is scraped."""
+    """Mixin for workers: counters that the front end reads when Prometheus scrapes it."""
 
     def step_times(self) -> dict[str, tuple[float, int]]:
         """Part of a step -> seconds and calls since the start."""
@@ -181,9 +181,9 @@ class GPUMemoryWorker(HoldsSlots, TellsTimes, gpu_worker.Worker):
         return RoutedGPUModelRunner(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
-        """What vLLM finds for the KV cache, less what decoders need that will be loaded into empty slots."""
+        """Bytes that vLLM finds for the KV cache, less those of decoders that may be loaded into empty slots."""
         available: int = super().determine_available_memory()
-        if self.cache_config.kv_cache_memory_bytes:  # the user has decided
+        if self.cache_config.kv_cache_memory_bytes:  # set on the command line
             return available
         reserved: int = self.model_runner.get_model().reserved_bytes()
         return available - reserved

@@ -21,7 +21,7 @@ from memdec.server.worker.text import text_of_v2
 
 
 class MemoryModelState(DefaultModelState):
-    """What vLLM's V2 runner keeps beside a composite: which memory each request chose."""
+    """What vLLM's V2 runner keeps for the composite: each request's slot and lambda, and the routing of the step."""
 
     attention: MemoryAttention | None = None
 
@@ -42,7 +42,7 @@ class MemoryModelState(DefaultModelState):
         self.captures = model.stacked is not None or not len(model.towers)
         self.token_slots = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.token_lams = torch.zeros(tokens, device=device)
-        """Where graphs read them."""
+        """Slot and lambda of each token, where CUDA graphs read them."""
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Read what a new request chose."""
@@ -50,7 +50,7 @@ class MemoryModelState(DefaultModelState):
         self.chosen[new_req_data.req_id] = chosen(MemoryChoice.of(new_req_data.sampling_params), self.slots)
 
     def remove_request(self, req_id: str) -> None:
-        """Forget it."""
+        """Forget a request that has ended."""
         super().remove_request(req_id)
         self.chosen.pop(req_id, None)
 
@@ -64,7 +64,7 @@ class MemoryModelState(DefaultModelState):
         *args: object,
         **kwargs: object,
     ) -> dict[str, object]:
-        """vLLM's metadata; and the routing of the step, with a context for each decoder whose tokens aren't all there are."""
+        """vLLM's attention metadata. Also makes the step's routing, and a forward context for each decoder that runs a part of the tokens."""
         metadata: dict[str, object] = super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
         )
@@ -94,14 +94,14 @@ class MemoryModelState(DefaultModelState):
         return metadata
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, object]:
-        """Further keywords of the composite's forward. Without metadata (profiling) nobody has a memory."""
+        """Further keyword arguments of the composite's forward. Profiling, which has no attention metadata, uses the base alone."""
         step, self.step = self.step or {"routing": BASE_ALONE}, {}
         self.model.ngrams.text = text_of_v2(input_batch, req_states) if self.looks_up else None
         self.looks_up = False
         return {**super().prepare_inputs(input_batch, req_states), **step}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, object]:
-        """The keywords with which the step is captured as one graph: base, memories and what rows are packed with, whether anybody asks or not."""
+        """Keyword arguments with which a step is captured as one CUDA graph: it always runs base and memories, and packs rows."""
         inputs: dict[str, object] = super().prepare_dummy_inputs(num_reqs, num_tokens)
         if self.captures:
             inputs["routing"] = StepRouting.over(self.token_slots[:num_tokens], self.token_lams[:num_tokens])

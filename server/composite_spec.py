@@ -1,6 +1,6 @@
 """The spec of the composite model, which the front end sends to the engine process.
 
-It travels in vLLM's `hf_overrides`, which adds entries to the base's config: written here, and read here by every process.
+It travels in vLLM's `hf_overrides`, which adds entries to the base's config: this module writes them, and reads them in every process.
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class CompositeSpec:
 
     @classmethod
     def of(cls, config: "PreTrainedConfig | JsonObject") -> "CompositeSpec | None":
-        """From the config that vLLM loaded, or a mapping of its overrides; None for a base without memories.
+        """Read the spec from the config that vLLM loaded, or from a mapping of its overrides; None for a base without memories.
 
         Raises TypeError on entries it doesn't know.
         """

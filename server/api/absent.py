@@ -1,4 +1,4 @@
-"""Paths that vLLM or OpenAI have and this server hasn't: a 404 that says so, and what to do instead."""
+"""Answers 404 on paths of vLLM's and OpenAI's that this server doesn't serve, and says what to do instead."""
 
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -32,7 +32,7 @@ TOKENIZER_INFO = {"/tokenizer_info": "It takes --enable-tokenizer-info-endpoint.
 
 
 def absent(tokenizer_info: bool = False) -> APIRouter:
-    """Routes of all of them, and of /tokenizer_info unless that is served."""
+    """Routes that refuse all these paths, and /tokenizer_info unless it is served."""
     return refusals({**UNMIXED, **NEVER, **({} if tokenizer_info else TOKENIZER_INFO)})
 
 

@@ -66,9 +66,9 @@ def _known(route: Route) -> bool:
 
 
 class Access:
-    """401 or 403 unless the request carries a key, as a bearer token, that its route may be used with.
+    """Answers 401 or 403 unless the request carries, as a bearer token, a key that may use its route.
 
-    The routes find an API key in the request's state. Preflights of browsers, which carry none, end in the CORS layer around this one.
+    The routes find an API key in the request's state. Browsers' preflights carry none: the CORS layer around this one answers them.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key], admin: Key | None) -> None:

@@ -1,4 +1,4 @@
-"""The FastAPI app: which routes, which errors, which middleware, in one place."""
+"""The FastAPI app: its routes, errors and middleware, in one place."""
 
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +29,7 @@ METHOD_NOT_ALLOWED = 405
 
 
 def assemble(settings: Settings, web: Web, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
-    """The app without its state: routes, errors, layers."""
+    """Build the app, with its routes, errors and middleware but without its state."""
     app = FastAPI(
         title="memdec", description="Completions with domain memories", version=version("memdec"), lifespan=lifespan, root_path=web.root_path,
         openapi_url=pages.OPENAPI if web.docs else None, docs_url=None, redoc_url=None, redirect_slashes=False, responses=openapi.ERRORS,
@@ -63,7 +63,7 @@ def assemble(settings: Settings, web: Web, lifespan: Lifespan[FastAPI] | None = 
 
 
 def _add_layers(app: FastAPI, settings: Settings, web: Web) -> None:
-    """From the innermost to the outermost: the last added runs first."""
+    """Add the middleware from the innermost to the outermost, which runs first."""
     limits = settings.limits
     app.add_middleware(ShortErrors)
     app.add_middleware(FreshStepTimes)

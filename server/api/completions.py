@@ -37,7 +37,10 @@ router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
 FAILED = 500
 CLIENT_LEFT = 499  # recorded in the metrics alone
-BEFORE_ENGINE = ("event: response.created", "event: response.in_progress")  # what streams of /v1/responses begin with, asked or not
+BEFORE_ENGINE = (
+    "event: response.created",
+    "event: response.in_progress",
+)  # events of /v1/responses that vLLM sends before it asks the engine
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 Parsed = Completion | ChatCompletion | ResponseRequest
 Asked = TypeVar("Asked", Completion, ChatCompletion, ResponseRequest)
@@ -92,7 +95,7 @@ async def answer(handler: Callable[[Asked, Request], Awaitable[Response]], reque
 
 
 def with_usage(response: Response, retrieved: Added, n: int) -> Response:
-    """The answer with the tokens that retrieval added counted in its usage: vLLM counts the prompt that it is shown, the client's.
+    """Add the tokens of retrieved passages to an answer's usage: vLLM counts those of the client's prompt alone.
 
     An event with a choice has the usage of that choice alone; `n` choices share each prompt.
     """
@@ -161,13 +164,13 @@ def _choices(request: Parsed, raw_request: Request) -> int:
 
 
 def _field(request: Parsed, name: str) -> Any:
-    """A field of a request; None where its route has none of that name, whatever a client has put under it."""
+    """A field of a request; None if its class declares none of that name, even if the client has sent one."""
     return getattr(request, name) if name in type(request).model_fields else None
 
 
 @contextmanager
 def _failures_logged(raw_request: Request) -> Iterator[None]:
-    """A failure of the server's own leaves a line with the request's id: vLLM answers 500, and says nothing of most."""
+    """Within, log a failure of the server itself with the request's id: vLLM answers 500, and logs few of them."""
     try:
         yield
     except VLLMServerError as error:

@@ -66,7 +66,7 @@ def _is_neutral(name: str, value: object, request: BaseModel) -> bool:
 
 
 def _unknown(model: BaseModel, before: str = "") -> Iterator[str]:
-    """Names that neither vLLM nor we read, down to the objects that vLLM has classes for."""
+    """Names of fields that neither vLLM nor we read, in nested objects too where vLLM has classes for them."""
     ours = NAMES if not before else ()
     for name in model.model_extra or {}:
         if name not in ours:

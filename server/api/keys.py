@@ -42,7 +42,7 @@ class Key:
 
 
 def digest(secret: bytes) -> bytes:
-    """What is compared: of one length whatever was sent, so that the comparison takes one time."""
+    """SHA-256 of a secret. Digests are compared instead of secrets: all have one length, so each comparison takes the same time."""
     return hashlib.sha256(secret).digest()
 
 

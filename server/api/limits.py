@@ -1,4 +1,4 @@
-"""What one client may ask of the server, and what is written down of it: one field, one option."""
+"""Limits on what one client may ask of the server, and options of the log: each field is one option."""
 
 import sys
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Closing a connection so that the last answer is read: a close with unread bytes is a reset, which takes the answer with it."""
+"""Closes connections so that the last answer arrives: to close a socket with unread bytes resets it, and the answer is lost."""
 
 import asyncio
 from typing import Any
@@ -9,9 +9,9 @@ UNTAKEN_SECONDS = 120  # seconds after which a client that reads nothing from a 
 
 
 class LingeringTransport:
-    """A transport whose `close`, while the client is still sending, ends the answers alone; then it drops what comes, up to a bound.
+    """A transport whose `close`, while the client is still sending, ends the writing side alone; then it drops incoming bytes, up to a bound.
 
-    It also ends a connection whose client takes nothing of what it is sent.
+    It also ends a connection whose client reads nothing of its answers.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -28,7 +28,7 @@ class LingeringTransport:
         self.untaken: asyncio.TimerHandle | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the transport's."""
+        """Pass everything else on to the transport."""
         return getattr(self.inner, name)
 
     def is_closing(self) -> bool:
@@ -61,23 +61,23 @@ class LingeringTransport:
         return self.deaf
 
     def hurry(self) -> None:
-        """Wait no longer for a client that has been answered."""
+        """Close at once if the last answer is written, without waiting for the client."""
         if self.ended:
             self.inner.close()
 
     def expect_reading(self) -> None:
-        """The buffer is full: the client has some time to take a part of it, then again."""
+        """The write buffer is full: end the connection unless the client reads a part of it within UNTAKEN_SECONDS, again and again."""
         self.reading_goes_on()
         self.untaken = self.loop.call_later(UNTAKEN_SECONDS, self._look, self.inner.get_write_buffer_size())
 
     def reading_goes_on(self) -> None:
-        """The buffer has room again."""
+        """The write buffer has room again: stop that timer."""
         if self.untaken is not None:
             self.untaken.cancel()
             self.untaken = None
 
     def lost(self) -> None:
-        """The connection is gone, and its timers with it."""
+        """The connection is gone: cancel its timers."""
         self.reading_goes_on()
         if self.closing is not None:
             self.closing.cancel()

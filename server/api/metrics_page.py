@@ -1,4 +1,4 @@
-"""GET /metrics where several processes share a folder of metrics (PROMETHEUS_MULTIPROC_DIR): vLLM's page has what is in the folder alone."""
+"""GET /metrics where several processes share a folder of metrics (PROMETHEUS_MULTIPROC_DIR): vLLM's page shows what is in that folder alone."""
 
 import os
 
@@ -22,6 +22,6 @@ def page() -> Response:
 
 
 def attach(app: FastAPI) -> None:
-    """Take the place of vLLM's page, where ours is another."""
+    """Add our page in place of vLLM's where processes share a folder of metrics."""
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         app.include_router(router)

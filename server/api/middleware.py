@@ -22,7 +22,7 @@ REQUEST_ID, LONGEST_ID = b"x-request-id", 256
 REQUEST_IDS = re.compile(rb"[!-~]{1,%d}" % LONGEST_ID)
 LONGEST_PATH = 200  # characters in the log
 RETRY_AFTER = (1, 4)  # seconds
-BODY_SECONDS = 60  # a client has them for all of its body; who sends slower holds a connection for nothing
+BODY_SECONDS = 60  # for a request's body; a slower client would hold a connection for nothing
 COUNTED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")  # routes
 
 
@@ -36,7 +36,7 @@ class RequestId:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Name one request. 400 for an id that no log should hold, or two of them."""
+        """Give one request its id. Answers 400 to two ids, and to one that is too long or not printable ASCII."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -72,7 +72,7 @@ class KeyConcurrency:
         return {name: client.choices for name, client in self.clients.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count a request from its first byte to the last of its answer, or to the client's leaving; its choices and tokens as soon as they are known."""
+        """Count a request from its first byte until its answer is complete or the client has left; its choices and tokens as soon as they are known."""
         key: Key | None = scope.get("state", {}).get("key")
         if key is None or scope["method"] != "POST":
             await self.app(scope, receive, send)
@@ -99,13 +99,13 @@ class KeyConcurrency:
 
 
 class RetryLater:
-    """Tells clients when to come again, with every 429 and 503."""
+    """Adds Retry-After to every 429 and 503."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Add Retry-After; of a few seconds at random, or all that were refused come back at once."""
+        """Add a few seconds, at random: otherwise all refused clients would come back at once."""
 
         async def with_retry_after(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
@@ -117,7 +117,7 @@ class RetryLater:
 
 
 class BodyLimit:
-    """413 for bodies over `limit` bytes, 408 for those that take over `seconds`. What arrives is counted, so chunked bodies are covered too."""
+    """Answers 413 to bodies over `limit` bytes, 408 to those that take over `seconds`. It counts what arrives, so chunked bodies are covered too."""
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS) -> None:
         self.app, self.limit, self.seconds = app, limit, seconds
@@ -179,7 +179,7 @@ class AnswerCount:
         if scope["type"] != "http" or route_of(scope).path not in COUNTED:
             await self.app(scope, receive, send)
             return
-        status = 500  # of errors that no handler takes: their answer is made outside of this layer
+        status = 500  # errors that no handler takes are answered outside of this layer
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -244,7 +244,7 @@ class FreshStepTimes:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A dead engine leaves the figures as they were: what it has counted is still worth reading."""
+        """Refresh the figures before /metrics is answered. If the engine is dead they stay as they were, which is still worth reading."""
         if scope["type"] == "http" and route_of(scope) == ("/metrics", True):
             with contextlib.suppress(Exception):
                 metrics.STEP_SECONDS.totals = await asyncio.wait_for(scope["app"].state.engine_client.step_times(), 2)

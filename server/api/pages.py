@@ -63,7 +63,7 @@ async def asset(name: str) -> FileResponse:
 
 
 def _folder() -> Path:
-    """Where fastapi-offline keeps them; the package itself isn't imported."""
+    """The folder of fastapi-offline's files; the package itself isn't imported."""
     spec = find_spec("fastapi_offline")
     if spec is None or spec.origin is None:
         raise HTTPException(404, "The package fastapi-offline, which has this page's files, is not installed.")

@@ -79,7 +79,7 @@ async def _create(request: ResponseRequest, raw_request: Request) -> Response:
 
 
 async def _ended(events: AsyncIterator[Event], serving: MemoryResponses) -> AsyncIterator[Event]:
-    """Before the engine has answered, an error is raised: it is still an HTTP error then."""
+    """End a stream that breaks with an error event. An error before the engine's first event is raised: it can still be an HTTP error."""
     count, begun = 0, False
     try:
         async for event in events:

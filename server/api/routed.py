@@ -1,4 +1,4 @@
-"""Which route a request is for: found once, from one spelling of its path and method, for all layers that ask."""
+"""Finds the route of a request once, from its normalised path and method, for all layers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,11 +16,11 @@ class MatchedRoute(NamedTuple):
     path: str | None = None
     """As it was declared, such as `/v1/models/{name:path}`; None where there is no such route."""
     takes: bool = False
-    """Whether it takes the request's method; if not, the answer will be a 405."""
+    """Whether the route takes the request's method; if not, the answer will be a 405."""
 
 
 class Routed:
-    """Reads a trailing slash as nothing and HEAD as GET, and writes the route to the request's state.
+    """Removes trailing slashes, treats HEAD as GET, and writes the route to the request's state.
 
     The server that sends the answer still sees HEAD in its own scope, and leaves the body out.
     """
@@ -29,7 +29,7 @@ class Routed:
         self.app, self.routes = app, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at one request."""
+        """Find one request's route, and pass the request on."""
         if scope["type"] == "http":
             scope.setdefault("state", {})  # layers outside of this one read it too
             scope = {**scope, "path": _path(scope), "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
@@ -59,7 +59,7 @@ def _path(scope: Scope) -> str:
 
 
 def _match(routes: Sequence[BaseRoute], scope: Scope) -> MatchedRoute:
-    """As the router finds it: the first route of that path and method, else the first of that path."""
+    """The route that Starlette's router will choose: the first of that path and method, else the first of that path."""
     matches = [(route.matches(scope)[0], getattr(route, "path", None)) for route in routes]
     for wanted in (Match.FULL, Match.PARTIAL):
         for match, path in matches:

@@ -32,9 +32,9 @@ class Web:
     add_vllms_layers: Callable[[FastAPI], None]
     docs: bool = True
     root_path: str = ""
-    """What a proxy in front of the server leaves in, or takes off, the paths of requests."""
+    """The prefix of all paths behind a proxy, as in ASGI, whether or not the proxy removes it."""
     origins: tuple[str, ...] = ()
-    """Origins whose pages may read answers, see CORSMiddleware for these four."""
+    """Origins whose pages may read answers; these four are arguments of CORSMiddleware."""
     credentials: bool = False
     methods: tuple[str, ...] = ("*",)
     headers: tuple[str, ...] = ("*",)

@@ -1,4 +1,4 @@
-"""Errors that quote what a client has sent stay short, whoever makes them: this is the one place where all pass."""
+"""Shortens errors that quote what a client has sent, whoever made them: all answers pass here."""
 
 import json
 
@@ -13,7 +13,7 @@ FIRST_CUT = 1200  # characters of a message; fewer where its letters take more b
 
 
 class ShortErrors:
-    """Cuts the texts of error bodies in OpenAI's form that are over `LARGEST` bytes, in the middle: how to mend it stands at the end."""
+    """Cuts the texts of error bodies in OpenAI's form that are over `LARGEST` bytes; in the middle, since the advice stands at the end."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -11,24 +11,24 @@ from memdec.server.routing.selection import SOURCES
 
 
 def with_sources(response: Response, collected: Collected, n: int) -> Response:
-    """The answer with the sources that were collected while it was made; `n` choices share each prompt."""
+    """Add to an answer the sources that were collected while it was made; `n` choices share each prompt."""
     if isinstance(response, StreamingResponse):
         events = response.body_iterator
 
-        async def told() -> AsyncIterator[str | bytes | memoryview]:
+        async def extended() -> AsyncIterator[str | bytes | memoryview]:
             async for event in events:
                 if isinstance(event, str) and event.startswith("data: {") and '"finish_reason":"' in event:
-                    event = f"data: {json.dumps(_told(json.loads(event[6:]), collected, n), ensure_ascii=False)}\n\n"
+                    event = f"data: {json.dumps(_extended(json.loads(event[6:]), collected, n), ensure_ascii=False)}\n\n"
                 yield event
 
-        response.body_iterator = told()
+        response.body_iterator = extended()
         return response
     if response.status_code != 200:
         return response
-    return JSONResponse(_told(json.loads(bytes(response.body)), collected, n), headers=_kept(response))
+    return JSONResponse(_extended(json.loads(bytes(response.body)), collected, n), headers=_kept(response))
 
 
-def _told(body: JsonObject, collected: Collected, n: int) -> JsonObject:
+def _extended(body: JsonObject, collected: Collected, n: int) -> JsonObject:
     for choice in body.get("choices", ()):
         if choice.get("finish_reason") is not None:
             choice[SOURCES] = collected.of_choice(choice["index"], n)

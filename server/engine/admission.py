@@ -10,13 +10,13 @@ from memdec.server.choice import KEY
 from memdec.server.errors import QueueFull, RequestError, TooManyRequests
 
 NOBODY = ""
-"""The one fair share of all requests for a single choice, where there are no API keys."""
+"""The client of all requests for a single choice where there are no API keys; together they have one fair share."""
 _numbers = count(1)
 
 
 @dataclass
 class Client:
-    """One API key's work."""
+    """An API key's limits, and its choices and tokens under way."""
 
     name: str
     most_choices: int | None = None
@@ -36,7 +36,7 @@ class Account:
         self.client, self.choices, self.tokens = client, 0, 0
 
     def ask(self, choices: int) -> None:
-        """Charge the request's number of choices. Raises TooManyRequests while others of its client leave too few, RequestError if those never fit."""
+        """Charge the request's number of choices. Raises TooManyRequests while the client's other requests leave too few, RequestError if they never fit."""
         most, client = self.client.most_choices, self.client
         if most is not None and choices > most:
             raise RequestError(f"This request asks for {choices} choices; this API key may have {most} under way.", "n")
@@ -46,7 +46,7 @@ class Account:
         self.choices = choices
 
     def spend(self, tokens: int) -> None:
-        """Charge further tokens of the request. Raises as above."""
+        """Charge further tokens of the request. Raises as `ask` does."""
         most, client = self.client.most_tokens, self.client
         if most is not None and self.tokens + tokens > most:
             raise RequestError(
@@ -58,14 +58,14 @@ class Account:
         self.tokens += tokens
 
     def close(self) -> None:
-        """The answer is complete, or the client has left."""
+        """Give back the request's choices and tokens: its answer is complete, or its sender has left."""
         self.client.choices -= self.choices
         self.client.tokens -= self.tokens
         self.choices = self.tokens = 0
 
 
 account: ContextVar[Account | None] = ContextVar("account", default=None)
-"""Of the HTTP request that is being served; None without keys."""
+"""The account of the HTTP request that is being served; None without API keys."""
 
 
 class Places:
@@ -92,9 +92,9 @@ class Admission:
 
     @contextmanager
     def keep(self, choices: int, under_way: int) -> Iterator[None]:
-        """Keep places within. Raises QueueFull if the engine's requests `under_way` and those on their way to it leave too few.
+        """Within, keep `choices` places. Raises QueueFull if the engine's `under_way` requests, and those on their way to it, leave too few.
 
-        A client that has no more than an equal part of the places gets them even so: the queue is full of others' requests.
+        A client with no more than an equal part of all places gets them all the same: the queue is full of other clients' requests.
         """
         mine = account.get()
         if mine is not None:

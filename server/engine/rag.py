@@ -34,7 +34,7 @@ async def retrieve_once(
     generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: TokensInput, params: SamplingParams,
     request_id: str, **rest: object
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
-    """Outputs of the prompt with a passage before it, which is counted; what they say of the prompt is the client's own."""
+    """Outputs of the prompt with a passage before it, whose tokens are added to `count`. Whatever they say of the prompt leaves the passage out."""
     ids = token_ids(prompt)
     room, params = make_room(finder, context, ids, params)
     # A search takes a millisecond or two, in which the event loop would stand still.
@@ -52,7 +52,7 @@ async def retrieve_every(
     stride: int, generate: Generate, finder: PassageFinder, context: int, count: Count, prompt: TokensInput, params: SamplingParams,
     request_id: str, tokenizer: TokenizerLike, **rest: object
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
-    """As above, with a new passage, and so a new pass over passage and context, every `stride` tokens."""
+    """As `retrieve_once`, but with a new passage every `stride` tokens, each in a new pass over passage, prompt and answer so far."""
     require_stridable(params)
     ids = token_ids(prompt)
     room, params = make_room(finder, context, ids, params)
@@ -91,8 +91,8 @@ async def retrieve_every(
 def make_room(finder: PassageFinder, context: int, ids: list[int], params: SamplingParams) -> tuple[int, SamplingParams]:
     """Tokens that a passage may have, and the parameters that leave them free.
 
-    The client's prompt and max_tokens come first. A chat without max_tokens would take all of the context: it leaves room for
-    a passage, or half of what there is.
+    The client's prompt and max_tokens come first. A chat without max_tokens would take all of the context: here it leaves
+    room for a passage, at most half of what is free.
     """
     free = context - len(ids)
     choice = MemoryChoice.of(params)

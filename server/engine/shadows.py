@@ -20,7 +20,7 @@ Baselines = Mapping[str, tuple[tuple[str, float], ...]]  # domain -> (mode, lamb
 
 
 class Shadows:
-    """One replay at a time, whatever the load; what doesn't fit the queue is dropped and counted."""
+    """Replays requests one at a time, whatever the load. Those that don't fit into the queue are dropped and counted."""
 
     def __init__(self, engine: Engine, rate: float, baselines: Baselines) -> None:
         self.engine, self.rate, self.baselines = engine, rate, baselines
@@ -35,11 +35,11 @@ class Shadows:
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     def offer(self, prompt: EngineInput, params: SamplingParams, domain: str) -> None:
-        """Sample one decoder request of a client's."""
+        """Queue the replays of a client's decoder request, with probability `rate`."""
         if self.engine.draining or self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
             return
         replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "cache_salt": self.salt}
-        for mode, lam in self.baselines.get(domain, ((NONE, 0.0),)):  # those of a domain loaded later aren't replayed with
+        for mode, lam in self.baselines.get(domain, ((NONE, 0.0),)):  # a domain that was loaded later is compared with the base alone
             if self.queue.full():
                 metrics.SHADOWS.labels(mode, domain, "dropped").inc()
             else:
@@ -68,7 +68,7 @@ def _replayed(params: SamplingParams, choice: MemoryChoice) -> SamplingParams:
 
 
 def baselines_of(retrieval: Mapping[str, float], domains: list[str], ngrams: Mapping[str, float] | None = None) -> Baselines:
-    """What each domain is compared with: the base alone, kNN-LM and RAG where it has a datastore, its n-grams where it has some (name -> lambda)."""
+    """Each domain's baselines: the base alone; kNN-LM and RAG if it has a datastore; its n-grams if it has some. `retrieval`, `ngrams`: domain -> lambda."""
     baselines = {}
     for name in domains:
         retrieved = ((KNN, retrieval[name]), (RAG, 0.0)) if name in retrieval else ()

@@ -1,7 +1,7 @@
-"""Where an answer's tokens were seen: for those that an n-gram memory raised, the documents that hold the context and how far into them.
+"""Sources of an answer: for each token that an n-gram memory raised, the documents that hold its context, and the offsets there.
 
-An n-gram memory raises a token where p_ngram = s + r * p_base is above p_base, which is where s > (1 - r) * p, p being the mixture's: the
-log-probability of each sampled token is all that must be known. The look-ups are done again here, in a thread, when a choice is complete.
+An n-gram memory raises a token where p_ngram = s + r * p_base is above p_base, which is where s > (1 - r) * p, p being the mixture's: so
+the log-probability of each sampled token suffices. The look-ups are done again here, in a thread, when a choice is complete.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from memdec.server.routing.domains import Ngrams
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]  # AsyncLLM.generate
 Sources = list[JsonObject]
-MOST = 3  # occurrences of a token's context
+MOST = 3  # occurrences that are listed for a token
 
 
 @dataclass
@@ -47,7 +47,7 @@ collected: ContextVar[Collected] = ContextVar("collected", default=Collected()) 
 
 
 class OpenMemories:
-    """The n-gram memories that were asked for sources, open in the front end; a path's older revision is forgotten."""
+    """N-gram memories whose sources were asked for, open in the front end; a path's newer revision takes the place of an older one."""
 
     def __init__(self) -> None:
         self.memories: dict[str, NgramMemory] = {}
@@ -56,23 +56,23 @@ class OpenMemories:
         """The memory of a domain. Raises VLLMValidationError where its files are not those that the engine has, or it was unloaded since."""
         if ngrams is None:
             raise VLLMValidationError("memory_sources: the memory was unloaded", parameter="memory_sources")
-        found = self.memories.get(ngrams.path)
-        if found is None or found.revision != ngrams.revision:
+        memory = self.memories.get(ngrams.path)
+        if memory is None or memory.revision != ngrams.revision:
             try:
-                found = await asyncio.to_thread(NgramMemory.open, Path(ngrams.path))
+                memory = await asyncio.to_thread(NgramMemory.open, Path(ngrams.path))
             except (DecoderError, OSError):
-                found = None
-            if found is None or found.revision != ngrams.revision:
+                memory = None
+            if memory is None or memory.revision != ngrams.revision:
                 raise VLLMValidationError("memory_sources: the memory's files have changed since it was loaded", parameter="memory_sources")
-            self.memories[ngrams.path] = found
-        return found
+            self.memories[ngrams.path] = memory
+        return memory
 
 
 async def with_sources(
-    generate: Generate, opened: Awaitable[NgramMemory], found: dict[int, Sources], mode: str, prompt: TokensInput, params: SamplingParams,
+    generate: Generate, opened: Awaitable[NgramMemory], sources: dict[int, Sources], mode: str, prompt: TokensInput, params: SamplingParams,
     request_id: str, **rest: object
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
-    """Outputs of one prompt; a choice's sources are in `found` before its last output comes. `mode` is the server's --logprobs-mode."""
+    """Outputs of one prompt; a choice's entry in `sources` is written before its last output comes. `mode` is the server's --logprobs-mode."""
     memory = await opened
     if mode != "raw_logprobs":
         raise VLLMValidationError(f"memory_sources can't be had where the server's --logprobs-mode is {mode}", parameter="memory_sources")
@@ -87,13 +87,13 @@ async def with_sources(
                 steps = (choice.logprobs or [])[-len(tokens) :] if tokens else []
                 made.setdefault(choice.index, []).extend((t, step[t].logprob) for t, step in zip(tokens, steps, strict=True))
                 if choice.finished():
-                    found[choice.index] = await asyncio.to_thread(sources_of, memory, ids, made[choice.index])
+                    sources[choice.index] = await asyncio.to_thread(sources_of, memory, ids, made[choice.index])
             yield output
 
 
 def sources_of(memory: NgramMemory, prompt: Sequence[int], made: Sequence[tuple[int, float]]) -> Sources:
     """An entry for each generated token (id and log-probability) that the memory raised."""
-    found: Sources = []
+    sources: Sources = []
     text = [*prompt[-memory.order :], *(token for token, _ in made)]
     first = len(text) - len(made)
     for index, (token, logprob) in enumerate(made):
@@ -102,12 +102,12 @@ def sources_of(memory: NgramMemory, prompt: Sequence[int], made: Sequence[tuple[
             continue
         places = memory.occurrences(context, MOST)
         documents = [{"document": place.document, "offset": place.offset} for place in places]
-        found.append({"index": index, "token_id": token, "occurrences": documents})
-    return found
+        sources.append({"index": index, "token_id": token, "occurrences": documents})
+    return sources
 
 
 def is_raised(memory: NgramMemory, context: Sequence[int], token: int, logprob: float) -> bool:
-    """Whether the memory gave a token more than the base did, by the mixture's log-probability of it."""
+    """Whether the memory gave a token a higher probability than the base did; `logprob` is the mixture's."""
     after = memory.continuations(context)
     at = int(after.token_ids.searchsorted(token))
     if at == len(after.token_ids) or int(after.token_ids[at]) != token:

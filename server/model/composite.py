@@ -70,7 +70,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         self.times = StepTimes()
 
     def _towers(self, vllm_config: VllmConfig) -> list[nn.Module]:
-        """The decoders of the start without their weights, with the first one's attention layers."""
+        """Build the decoders of the start without their weights; all share the first one's attention layers."""
         self.memory_config = AutoConfig.from_pretrained(self.paths[0], trust_remote_code=trusted())
         text_config = self.memory_config.get_text_config()
         self.memory_width, self.memory_ids = text_config.hidden_size, text_config.vocab_size
@@ -132,7 +132,7 @@ class MemoryDecoderForCausalLM(nn.Module):
             self.ngrams.unload(slot)
 
     def reserved_bytes(self) -> int:
-        """Bytes that decoders in the empty slots would take. A stack has allocated their weights; there one tower is built before it is copied in."""
+        """Bytes that decoders in the empty slots would take. A stacked tower has allocated their weights: there it is one decoder, built before it is copied in."""
         if not len(self.towers):
             return 0
         size = sum(weight.nbytes for weight in self.towers[0].parameters())
@@ -146,7 +146,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         The copies are shallow: the register of attention layers stays the engine's own.
         """
         config = copy.copy(vllm_config)
-        if not current_platform.is_cpu():  # not tried
+        if not current_platform.is_cpu():  # compiled towers were not tried there
             config = uncompiled(config)
         overwrite(config, "quant_config", None)
         # Attention layers without a window of their own take this one, which vLLM has set to the base's.

@@ -1,4 +1,4 @@
-"""The n-gram memories of a composite, by slot, and their rows' mixture: what they need of a row is the text before it."""
+"""A composite's n-gram memories, by slot, and the mixture of their rows, for which they need the text before each row."""
 
 import queue
 import threading
@@ -14,11 +14,11 @@ from memdec.server.model.text import StepText
 from memdec.server.model.timing import StepTimes
 from memdec.server.retrieval.ngram import look_up
 
-PATIENCE = 0.005  # seconds that the worker waits for it between two steps
+PATIENCE = 0.005  # seconds that the worker waits, between two steps, for a memory that is being opened
 
 
 class NgramMemories:
-    """All that are loaded; they come and go between steps."""
+    """The n-gram memories that are loaded; they are added and removed between steps."""
 
     def __init__(self, paths: Mapping[int, str]) -> None:
         self.loaded: dict[int, NgramMemory] = {}
@@ -47,7 +47,7 @@ class StagedNgrams:
     """A memory that is being opened, in a thread of its own: all its bytes are hashed, which no step of the engine waits for."""
 
     def __init__(self, memories: NgramMemories, slot: int, path: Path, revision: str) -> None:
-        """`revision`: what was checked; another is refused."""
+        """`revision`: the one that was checked; any other is refused."""
         self.memories, self.slot, self.revision = memories, slot, revision
         self.answer: queue.SimpleQueue[NgramMemory | Exception] = queue.SimpleQueue()
         self.memory: NgramMemory
@@ -55,7 +55,7 @@ class StagedNgrams:
         threading.Thread(target=self._open, args=(path,), name="n-gram opener", daemon=True).start()
 
     def load(self, _budget: int) -> bool | None:
-        """Whether it is open; None: not yet. Raises what opening it raised, and ValueError if it is another revision than was checked."""
+        """True once the memory is open, None before. Raises what opening it raised, and ValueError if it is another revision than was checked."""
         try:
             opened = self.answer.get(timeout=PATIENCE)
         except queue.Empty:
@@ -68,14 +68,14 @@ class StagedNgrams:
         return True
 
     def install(self) -> None:
-        """Put it into its slot."""
+        """Put the memory into its slot."""
         self.memories.loaded[self.slot] = self.memory
 
     def discard(self) -> None:
-        """Nothing waits for the thread, which ends by itself."""
+        """Do nothing: the thread ends by itself."""
 
     def _open(self, path: Path) -> None:
         try:
             self.answer.put(NgramMemory.open(path))
-        except Exception as error:  # whatever it is, somebody waits for it
+        except Exception as error:  # of whatever kind: `load` raises it
             self.answer.put(error)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the base is sharded over the ranks, the decoders are whole on each.
+"""Tensor parallelism: the base is sharded over the ranks, and each rank holds complete decoders.
 
 A decoder is small: sharding it would buy little memory for two more reductions a layer, and its heads need not divide. vLLM's layers ask for their
 tensor-parallel group only when they are built; a layer built in this context sees a group of one rank.

@@ -1,4 +1,4 @@
-"""The text that the tokens of a step stand in. Both runner adapters make it, for memories that look it up."""
+"""The text before each token of a step. Both runner adapters make it, for memories that look it up."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepText:
-    """Token ids on the host, drafted ones of the step included."""
+    """The texts of a step's requests: token ids on the host, including those that were drafted for the step."""
 
     starts: Sequence[int]
     """Place in the step of each request's first token, ascending."""

@@ -1,6 +1,6 @@
-"""A decoder's model, and a bias on its logits: the vocabulary of a domain rules tokens out, and vLLM's models know no bias there.
+"""A decoder's model with a bias on its logits, which rules out tokens that its domain's vocabulary lacks: vLLM's models have no such bias.
 
-A package says it as Hugging Face would, were its architecture's output head to have one: by a weight of that name beside the others.
+A package holds the bias under the name that Hugging Face would give to a bias of the output head, beside the other weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,12 +43,12 @@ class Tower(nn.Module):
         return biased
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
-        """Load weights by their names in the folder; returns the names of the parameters, None if the model doesn't."""
+        """Load weights by their names in the folder; returns the names of the loaded parameters, None if the model returns none."""
         names = self.model.load_weights(self._others(weights))
         return None if names is None else {"logit_bias.weight", *(f"model.{name}" for name in names)}
 
     def process_weights_after_loading(self, *args: object) -> None:
-        """What the model does after loading, if anything."""
+        """Process the model's weights as it does itself after loading, if it does."""
         if hasattr(self.model, "process_weights_after_loading"):
             self.model.process_weights_after_loading(*args)
 

@@ -1,1 +1,1 @@
-"""The retrieval baselines: kNN-LM inside the step, passages in front of the prompt. Knows neither FastAPI nor vLLM."""
+"""The retrieval baselines: kNN-LM inside the step, passages in front of the prompt. Imports neither FastAPI nor vLLM."""

@@ -12,7 +12,7 @@ from memdec.decoders.reading.ngram import Continuations, NgramMemory
 
 @dataclass(frozen=True)
 class SparseRows:
-    """What a memory says after each of n contexts, on the device of the logits."""
+    """A memory's distributions after n contexts, on the device of the logits."""
 
     rows: Tensor
     """Context of each entry, [m] int64, ascending."""
@@ -25,17 +25,17 @@ class SparseRows:
 
 
 def look_up(memory: NgramMemory, contexts: Sequence[Sequence[int]], device: torch.device) -> SparseRows:
-    """Look contexts up, equal ones once: the choices of a prompt begin alike."""
+    """Look up contexts, equal ones once: all choices of a prompt begin with the same."""
     known: dict[tuple[int, ...], Continuations] = {}
-    found = []
+    looked_up = []
     for context in contexts:
         key = tuple(context)
         if key not in known:
             known[key] = memory.continuations(key)
-        found.append(known[key])
-    counts = np.array([len(f.token_ids) for f in found], np.int64)
-    rows = np.arange(len(found)).repeat(counts)
-    tokens = np.concatenate([f.token_ids for f in found]).astype(np.int64, copy=False)
-    probabilities = np.concatenate([f.probabilities for f in found]).astype(np.float32, copy=False)
-    mass = np.array([f.base_mass for f in found], np.float32)
+        looked_up.append(known[key])
+    counts = np.array([len(f.token_ids) for f in looked_up], np.int64)
+    rows = np.arange(len(looked_up)).repeat(counts)
+    tokens = np.concatenate([f.token_ids for f in looked_up]).astype(np.int64, copy=False)
+    probabilities = np.concatenate([f.probabilities for f in looked_up]).astype(np.float32, copy=False)
+    mass = np.array([f.base_mass for f in looked_up], np.float32)
     return SparseRows(*(torch.from_numpy(a).to(device) for a in (rows, tokens, probabilities, mass)))

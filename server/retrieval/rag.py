@@ -34,7 +34,7 @@ class Added:
 
     @property
     def tokens(self) -> int:
-        """Their sum over all prompts."""
+        """Number of tokens added to all prompts together."""
         return sum(count.tokens for count in self.counts)
 
 
@@ -46,7 +46,7 @@ class Unread(Added):
         return Count()
 
 
-added: ContextVar[Added] = ContextVar("added", default=Unread())  # noqa: B039  it holds nothing
+added: ContextVar[Added] = ContextVar("added", default=Unread())  # noqa: B039  the default keeps no counts
 
 
 @dataclass(frozen=True)

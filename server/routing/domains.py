@@ -66,7 +66,7 @@ class Ngrams:
 
 @dataclass(frozen=True)
 class Domain:
-    """One loaded decoder with its datastore and n-gram memory, if it has any; or an n-gram memory alone, which then is what the fields say."""
+    """A loaded decoder with its datastore and n-gram memory, if it has any; or an n-gram memory alone, which the fields then describe."""
 
     name: str
     path: str
@@ -84,11 +84,11 @@ class Domain:
     datastore: Datastore | None = None
     ngrams: Ngrams | None = None
     decoder: bool = True
-    """Whether it has one."""
+    """Whether the domain has a decoder."""
 
     @classmethod
     def of(cls, entry: JsonObject) -> "Domain":
-        """From what `dataclasses.asdict` made of one."""
+        """The domain that `dataclasses.asdict` made `entry` of."""
         store, ngrams = entry["datastore"], entry["ngrams"]
         parts = {"datastore": Datastore(**store) if store is not None else None, "ngrams": Ngrams(**ngrams) if ngrams is not None else None}
         return cls(**{**entry, **parts})
@@ -170,13 +170,13 @@ class Domains:
         return next((d for d in self.all if d.name == name), None)
 
     def having(self, domain: Domain) -> "Domains":
-        """The same with a domain added, or in the place of the one of its name."""
+        """A copy with a domain added, or put in the place of the one of its name."""
         if domain.name not in self.names:
             return replace(self, all=(*self.all, domain))
         return replace(self, all=tuple(domain if d.name == domain.name else d for d in self.all))
 
     def without(self, name: str) -> "Domains":
-        """The same without the domain called `name`."""
+        """A copy without the domain called `name`."""
         return replace(self, all=tuple(d for d in self.all if d.name != name))
 
     @property

@@ -1,4 +1,4 @@
-"""Header, body and model alias -> domain, mode and lambda; anything ambiguous is an error, nothing is guessed."""
+"""Chooses domain, mode and lambda from headers, body fields and model alias. Whatever is ambiguous is an error."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Given:
 
 
 def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[str]], body: Mapping[str, object]) -> Selection:
-    """Decide for one request.
+    """Choose domain, mode and lambda of one request.
 
     `model` is its model field, `headers` maps lower-case names to all their values, `body` its JSON fields. Raises RequestError or
     one of its subclasses.
@@ -75,7 +75,7 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
 
 
 def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, object]) -> list[Given]:
-    """Everything that sets a field. JSON null means not given, as everywhere in OpenAI's API."""
+    """All values that a request gives for a field. JSON null means not given, as everywhere in OpenAI's API."""
     values = [Given(value, f"header X-{field.capitalize()}") for value in headers.get(f"x-{field}", ())]
     if body.get(field) is not None:
         values.append(Given(body[field], f"body field {field}"))

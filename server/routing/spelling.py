@@ -1,4 +1,4 @@
-"""Names that are ours, badly spelt: a request that says `domian` would be answered by the base, and its client would never know."""
+"""Refuses misspelt names of our fields: a request that says `domian` would be answered by the base alone, and its client would never know."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -8,13 +8,13 @@ from memdec.server.errors import RequestError
 from memdec.server.routing.selection import FIELDS, SOURCES, STRIDE
 
 NAMES = (*FIELDS, STRIDE, SOURCES)
-SHORT = {"lam": "lambda", "λ": "lambda"}  # skips names that share too few letters
-ALIKE = 0.75  # difflib's ratio: one for the same letters
-LOOKED_AT = 64  # unknown names in a request; comparing one takes up to some 100 µs
+SHORT = {"lam": "lambda", "λ": "lambda"}  # share too few letters with what they mean
+ALIKE = 0.75  # the least ratio, as difflib has it, for two names to count as alike
+LOOKED_AT = 64  # unknown names that are compared in a request; each takes up to some 100 µs
 
 
 def meant(name: str) -> str | None:
-    """The field of ours that an unknown name probably stands for; None: no idea. Upper case, dashes and the header's X- don't count."""
+    """The field of ours that an unknown name probably stands for, or None. Upper case, dashes and the header's X- are ignored."""
     if name in NAMES:
         return None
     plain = "".join(letter for letter in name[:40].casefold() if letter.isalpha())
@@ -26,7 +26,7 @@ def meant(name: str) -> str | None:
 
 
 def require_spelt_fields(names: Iterable[str], where: str = "") -> None:
-    """Raise RequestError for the first unknown body field that is nearly one of ours. `where` is what stands before its name."""
+    """Raise RequestError for the first unknown body field that is nearly one of ours. `where` goes before its name in the message."""
     for count, name in enumerate(names):
         if count == LOOKED_AT:
             raise RequestError(f"The body has over {LOOKED_AT} fields that this server doesn't know.")
@@ -35,7 +35,7 @@ def require_spelt_fields(names: Iterable[str], where: str = "") -> None:
 
 
 def require_spelt_headers(names: Iterable[str]) -> None:
-    """Raise RequestError for the first header that is nearly one of ours. Stricter than fields: what gateways add, a client can't help."""
+    """Raise RequestError for the first header that is nearly one of ours. Names must be closer than those of fields, since clients can't help what gateways add."""
     known = {f"x-{field}": field for field in FIELDS}
     for name in islice((name.lower() for name in names), LOOKED_AT):
         ours = meant(name) if name.startswith("x-") and name not in known else None
@@ -44,7 +44,7 @@ def require_spelt_headers(names: Iterable[str]) -> None:
 
 
 def _alike(name: str, ours: str) -> float:
-    """From 0 to 1; letters in another order are the same name."""
+    """How alike two names are, from 0 to 1; 1 also for the same letters in another order."""
     ours = ours.replace("_", "")
     if sorted(name) == sorted(ours):
         return 1.0

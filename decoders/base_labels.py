@@ -1,4 +1,4 @@
-"""What the base says of the training text: its log-probability of each label, for the loss of the mixture."""
+"""The base's log-probability of each label of the training text, for the loss of the mixture."""
 
 from pathlib import Path
 

@@ -41,9 +41,9 @@ class Build:
     domain: str
     corpus: Corpus
     base: Path
-    """The base it is built for; its tokenizer is the decoder's."""
+    """The base that the decoder is built for, whose tokenizer it shares."""
     out: Path
-    """Where the package goes."""
+    """Folder that the package is written to."""
     work: Path
     """Folder of the intermediate artifacts."""
     options: BuildOptions = DEFAULTS
@@ -181,12 +181,12 @@ class Build:
         return start.write(out, tokens, schedule, inputs, self._curve(tokens, tokenized)), inputs
 
     def _second(self, student: Path, tokens: Path, tokenized: str) -> Run:
-        """How the second phase of training is run."""
+        """Settings of the second phase of training."""
         frozen = self.base if self.init is not None else None
         return Run(student, self.options.knn_schedule(self.init is not None), frozen, self._curve(tokens, tokenized))
 
     def _curve(self, tokens: Path, tokenized: str) -> Curve | None:
-        """What trainings measure as they go, if anything."""
+        """The learning curve that trainings record; None unless --validate-every asks for one."""
         if not self.options.validate_every:
             return None
         inputs: Manifest = {"tokens": tokenized, "base": fingerprint_model(self.base), "windows": VALIDATED}
@@ -232,7 +232,7 @@ class Build:
 
 
 def _other_end(tokenizer: PreTrainedTokenizerBase) -> Manifest:
-    """The end of a document, as a part of the tokens' inputs, where it isn't the tokenizer's own."""
+    """The id that ends a document, for the manifest of the tokens; {} where it is the tokenizer's own end token."""
     end = end_of_document(tokenizer)
     return {} if end == tokenizer.eos_token_id else {"end": end}
 

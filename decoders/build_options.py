@@ -15,7 +15,7 @@ ONLY_INIT = ("init_layers", "learning_rate", "min_count")  # without effect on a
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Every knob of a build. The field names are the flags."""
+    """The options of a build; the field names are the flags."""
 
     teacher_tokens: int = field(default=1_000_000, metadata={"help": "tokens that tune the teacher on the domain; 0: it is used as it is"})
     entries: int = field(

@@ -1,4 +1,4 @@
-"""Learning curves: how good the memory is on the validation split, alone and beside the base, while it trains."""
+"""Learning curves: the memory's perplexity on the validation split, alone and mixed into the base, while it trains."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,17 @@ VALIDATED = 32  # validation windows, of 256 scored tokens each
 
 @dataclass(frozen=True)
 class Curve:
-    """What a training measures every `every` tokens."""
+    """A learning curve: perplexities, measured every `every` training tokens."""
 
     every: int
     valid: Ids
     """The validation split, [tokens]."""
     base: NDArray[np.float64]
-    """The base's log-probabilities of its scored tokens, [n]."""
+    """The base's log-probabilities of the split's scored tokens, [n]."""
 
     @classmethod
     def open(cls, folder: Path, tokens: Path, every: int) -> "Curve":
-        """The curve that `write_validation`'s artifact is for."""
+        """Open the artifact that `write_validation` made."""
         return cls(every, load_tokens(tokens, "valid"), np.load(folder / "logprobs.npy"))
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
@@ -41,7 +41,7 @@ class Curve:
 
 
 def write_validation(out: Path, tokens: Path, base: Path, manifest: Manifest) -> Path:
-    """Write logprobs.npy: the base's log-probabilities of what learning curves are measured on."""
+    """Write logprobs.npy: the base's log-probabilities of the tokens on which learning curves are measured."""
     with stage(out, manifest) as folder:
         if folder is not None and parallel.rank() == 0:
             valid = load_tokens(tokens, "valid")

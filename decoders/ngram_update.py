@@ -1,4 +1,4 @@
-"""Add documents to an n-gram memory, or remove some: what a trained decoder can't do.
+"""Adds documents to an n-gram memory and removes documents from it, which a trained decoder can't do.
 
 Added documents become a further shard. Removed ones are cut out of their shard's text and suffix array: what is left gives exactly the counts
 of a memory that never saw them. Discounts are estimated anew; order and lambda stay as they were tuned.
@@ -26,7 +26,7 @@ from memdec.decoders.reading.ngram_record import DOCUMENTS, LONGEST_ORDER, NAME
 from memdec.decoders.reading.ngram_shard import Shard, write_arrays
 
 Change = Callable[[NgramMemory, Path, Vocabulary], None]
-"""Given the open package: writes the shards of the new one into a folder."""
+"""Writes the new package's shards; arguments: the open package, the new folder, the vocabulary."""
 
 
 def append(out: Path, domain: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:

@@ -1,4 +1,4 @@
-"""Stage 8: the decoder package is written: the decoder's files, `memory_decoder.json` and a model card."""
+"""Stage 8: write the decoder package: the decoder's files, `memory_decoder.json` and a model card."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], 
             "bases": bases,
             "training": training,
         }
-        checked(Record, record, out / RECORD)  # what the server will check
+        checked(Record, record, out / RECORD)  # the server will check the same
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         (folder / CARD).write_text(model_card(record))
         share(folder)

@@ -1,4 +1,4 @@
-"""A student that starts from a pretrained model: some of its layers, the base's own embeddings frozen, a vocabulary of the domain's own."""
+"""A student that starts from a pretrained model: it has some of its layers, freezes embeddings that equal the base's, and may predict fewer tokens."""
 
 import re
 from collections.abc import Sequence
@@ -78,26 +78,26 @@ def layers_of(folder: Path) -> int:
         raise PackageError(f"--init {folder}: no configuration that transformers can read ({first_line(error)})") from None
 
 
-def with_layers(whole: PreTrainedModel, layers: str) -> PreTrainedModel:
-    """A model of the chosen layers of `whole`, in float32. Raises OptionError or PackageError."""
-    numbers = chosen_layers(layers, whole.config.num_hidden_layers)
-    config = AutoConfig.for_model(**{k: v for k, v in whole.config.to_dict().items() if k not in ("layer_types", "max_window_layers")})
+def with_layers(model: PreTrainedModel, layers: str) -> PreTrainedModel:
+    """A model of the chosen layers of `model`, in float32. Raises OptionError or PackageError."""
+    numbers = chosen_layers(layers, model.config.num_hidden_layers)
+    config = AutoConfig.for_model(**{k: v for k, v in model.config.to_dict().items() if k not in ("layer_types", "max_window_layers")})
     config.num_hidden_layers = len(numbers)
     if getattr(config, "layer_types", None):
-        config.layer_types = [whole.config.layer_types[number] for number in numbers]
+        config.layer_types = [model.config.layer_types[number] for number in numbers]
     state = {}
-    for name, value in whole.state_dict().items():
-        found = LAYER.fullmatch(name)
-        if found is None:
+    for name, value in model.state_dict().items():
+        layer = LAYER.fullmatch(name)
+        if layer is None:
             state[name] = value
-        elif int(found[2]) in numbers:
-            state[f"{found[1]}{numbers.index(int(found[2]))}{found[3]}"] = value
+        elif int(layer[2]) in numbers:
+            state[f"{layer[1]}{numbers.index(int(layer[2]))}{layer[3]}"] = value
     part: PreTrainedModel = AutoModelForCausalLM.from_config(config).float()
     try:
         part.load_state_dict(state)
     except RuntimeError:
-        raise PackageError(f"--init: layers of {whole.config.model_type} models can't be taken apart; wanted a Llama or GPT kind") from None
-    return part.eval().to(whole.device)
+        raise PackageError(f"--init: layers of {model.config.model_type} models can't be taken apart; wanted a Llama or GPT kind") from None
+    return part.eval().to(model.device)
 
 
 def restrict(model: PreTrainedModel, ids: Ids, least: int) -> None:
@@ -122,9 +122,9 @@ def freeze_embeddings(model: PreTrainedModel, base: Path) -> None:
 
 
 def base_tensors(base: Path, names: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
-    """Those of the named tensors that a model folder has."""
-    found = []
+    """The tensors of these names that a model folder has."""
+    present = []
     for file in weight_files(base):
         with safe_open(file, framework="pt") as tensors:
-            found += [(name, tensors.get_tensor(name)) for name in names if name in tensors.keys()]  # noqa: SIM118
-    return found
+            present += [(name, tensors.get_tensor(name)) for name in names if name in tensors.keys()]  # noqa: SIM118
+    return present

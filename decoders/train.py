@@ -34,7 +34,7 @@ class Validation(Protocol):
         """Training tokens from one measurement to the next."""
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Figures of a model in training mode, which it keeps."""
+        """Measure a model that is in training mode, before and after."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Checkpoint:
         self.saved = self.started = time.monotonic()
 
     def load(self) -> int:
-        """Take over what a killed run saved; returns the number of steps that are done."""
+        """Load what a killed run saved; returns the number of steps that are done."""
         if self.path is None or not self.path.is_file():
             return 0
         state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -209,7 +209,7 @@ class Checkpoint:
         self.saved = time.monotonic()
 
     def measured(self, figures: dict[str, float], tokens: int) -> None:
-        """Note figures of the model after so many training tokens, and write the curve so far."""
+        """Record the model's figures after `tokens` training tokens, and write the curve so far."""
         self.curve.append({"tokens": tokens, "seconds": round(time.monotonic() - self.started), **figures})
         if self.curve_file is not None:
             write_whole(self.curve_file, "".join(json.dumps(row) + "\n" for row in self.curve))

@@ -60,11 +60,11 @@ class Continuations:
     probabilities: NDArray[np.float32]
     """[n], the sparse part; sums to 1 - base_mass."""
     base_mass: float
-    """From 0 to 1."""
+    """Weight of the base's distribution, from 0 to 1."""
     matched: int
     """Length of the longest matched context, in tokens; 0: none."""
     count: int
-    """Occurrences of that context."""
+    """How often that context occurs."""
 
 
 NOTHING = Continuations(np.zeros(0, np.int64), np.zeros(0, np.float32), 1.0, 0, 0)
@@ -192,13 +192,13 @@ class NgramMemory:
         if not self.sources:
             raise PackageError(f"{self.path}: was built without --with-sources; its documents are not named")
         matched, ranges = self._longest(self.tail(context, self.order - 1))
-        found: list[Occurrence] = []
+        places: list[Occurrence] = []
         for number, (shard, (begin, stop)) in enumerate(zip(self.shards, ranges, strict=True) if matched else ()):
-            for position in sorted(shard.order[begin : min(stop, begin + SAMPLED)])[: limit - len(found)]:
+            for position in sorted(shard.order[begin : min(stop, begin + SAMPLED)])[: limit - len(places)]:
                 document = int(np.searchsorted(shard.ends, position, side="right"))
                 start = int(shard.ends[document - 1]) if document else 0
-                found.append(Occurrence(self._documents[number][document], position - start))
-        return found
+                places.append(Occurrence(self._documents[number][document], position - start))
+        return places
 
     def tail(self, context: Sequence[int], most: int) -> list[int]:
         """The last tokens of a context, at most `most`: those after its last end token, and after its last id outside the vocabulary."""
@@ -230,9 +230,9 @@ class NgramMemory:
         matched, ranges, least, most = 0, [(0, 0)] * len(self.shards), self.shortest, len(tail)
         while least <= most:
             middle = (least + most + 1) // 2
-            found = self._ranges(tail, middle)
-            if any(begin < stop for begin, stop in found):
-                matched, ranges, least = middle, found, middle + 1
+            candidates = self._ranges(tail, middle)
+            if any(begin < stop for begin, stop in candidates):
+                matched, ranges, least = middle, candidates, middle + 1
             else:
                 most = middle - 1
         return matched, ranges

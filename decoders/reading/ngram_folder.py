@@ -1,4 +1,4 @@
-"""A folder of text becomes an n-gram memory at once, without a base to measure beside: for a server's start.
+"""Indexes a folder of text as an n-gram memory when a server starts, without measuring it beside a base.
 
 Kept in a cache, by a hash of the text and of the tokenizer. Every document is remembered: nothing is held out, so order and lambda are defaults;
 the discounts are the text's own. Answers may name its documents where a request asks for sources: the folder is its owner's.
@@ -29,12 +29,12 @@ from memdec.decoders.reading.tokenizer import end_of_document, token_map_hash
 Row = NDArray[np.uint32]
 BATCH = 64  # documents per tokenizer call
 ORDER = 8
-LAMBDAS = [0.05, 0.15, 0.25, 0.3, 0.4, 0.45, 0.5]  # by tokens of the longest match, from one on: about what fits held-out contracts best
-SHARD_TOKENS = 1 << 26  # of a shard at most, unless one document has more: making it takes about 100 bytes a token, 6.5 GB
+LAMBDAS = [0.05, 0.15, 0.25, 0.3, 0.4, 0.45, 0.5]  # for a longest match of 1, 2, … tokens: about the best on held-out contracts
+SHARD_TOKENS = 1 << 26  # at most in a shard, unless one document has more: building it takes about 100 bytes of memory a token, 6.5 GB
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """What a memory must know of a tokenizer. Raises PackageError if it has no token for a document's end."""
+    """The vocabulary that an n-gram memory of this tokenizer has. Raises PackageError if it has no token for a document's end."""
     end = end_of_document(tokenizer)
     if end is None:
         raise PackageError(f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, which separates documents")
@@ -123,7 +123,7 @@ def index_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, 
 
 
 def _warn_of_little(folder: Path, tokens: int) -> None:
-    """Say in one line that a text is shorter than the order: it is a memory all the same, of shorter contexts."""
+    """Print one line if a text is shorter than the order: its memory has shorter contexts only."""
     if tokens < ORDER:
         print(
             f"memdec: warning: {folder}: has {tokens} tokens of text, fewer than the order, {ORDER}; add text", file=sys.stderr, flush=True

@@ -42,7 +42,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a memory must know of its tokenizer."""
+    """The tokenizer's facts that an n-gram memory needs."""
 
     size: int
     """Token ids, from 0."""
@@ -100,10 +100,10 @@ def estimate_discounts(shards: Sequence[Shard], end: int) -> list[float]:
     """The discount for contexts of 1, 2, … tokens: from how many n-grams occur once and twice in all shards together."""
     levels = zip(*(grams(_native(shard.ids), shard.suffixes, end, LONGEST_ORDER) for shard in shards), strict=True)
     if len(shards) == 1:
-        found = [found.counts for (found,) in levels]
+        counted = [level.counts for (level,) in levels]
     else:
-        found = [_together([(_hashes(s, g.starts, g.length), g.counts) for s, g in zip(shards, level, strict=True)]) for level in levels]
-    return [discount_of(int((counts == 1).sum()), int((counts == 2).sum())) for counts in found[1:]]
+        counted = [_together([(_hashes(s, g.starts, g.length), g.counts) for s, g in zip(shards, level, strict=True)]) for level in levels]
+    return [discount_of(int((counts == 1).sum()), int((counts == 2).sum())) for counts in counted[1:]]
 
 
 def _native(ids: NDArray[Any]) -> NDArray[Any]:
@@ -111,7 +111,7 @@ def _native(ids: NDArray[Any]) -> NDArray[Any]:
 
 
 def _hashes(shard: Shard, starts: Numbers, length: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each n-gram: equal n-grams of several shards meet by it, without reading them side by side."""
+    """A 64-bit hash of each n-gram: it finds equal n-grams of several shards without comparing their tokens."""
     hashes = np.zeros(len(starts), np.uint64)
     positions = shard.suffixes[starts].astype(np.int64)
     for i in range(length):

@@ -1,4 +1,4 @@
-"""One shard of an n-gram memory: a stretch of text as token ids, its suffix array, and what follows its most frequent contexts.
+"""One shard of an n-gram memory: a stretch of text as token ids, its suffix array, and the tokens that follow its most frequent contexts.
 
     tokens.bin        token ids, [tokens], big-endian: bytes compare as the tokens do
     suffixes.bin      int32 [tokens]: the suffix array
@@ -26,7 +26,7 @@ FREQUENT = 4096  # occurrences up to which the next tokens are read one by one: 
 TOKENS, SUFFIXES, FIRST, ENDS = "tokens.bin", "suffixes.bin", "first.bin", "ends.bin"
 KEYS, OFFSETS, NEXT, COUNTS = "frequent.keys.bin", "frequent.offsets.bin", "frequent.next.bin", "frequent.counts.bin"
 FILES = (TOKENS, SUFFIXES, FIRST, ENDS, KEYS, OFFSETS, NEXT, COUNTS)
-LENGTH_BITS = 40  # of a frequent context's key: where its range begins; its length is above
+LENGTH_BITS = 40  # low bits of a frequent context's key, where its range begins; the bits above are its length
 
 Numbers = NDArray[np.int64]
 
@@ -65,11 +65,11 @@ def _frequent(ids: NDArray[Any], suffixes: Any, end: int, longest: int) -> tuple
     """Keys of the frequent contexts, where the next tokens of each begin, those tokens, and their counts."""
     parts: list[tuple[Numbers, Numbers, Numbers, Numbers]] = []
     contexts: Grams | None = None
-    for found in grams(ids, suffixes, end, longest):
+    for level in grams(ids, suffixes, end, longest):
         if contexts is not None:
-            parts.append(_next_of(contexts, found))
-        often = (found.counts > FREQUENT) & (found.last != end)
-        contexts = Grams(found.length, found.starts[often], found.counts[often], found.last[often])
+            parts.append(_next_of(contexts, level))
+        often = (level.counts > FREQUENT) & (level.last != end)
+        contexts = Grams(level.length, level.starts[often], level.counts[often], level.last[often])
     keys, sizes, following, counts = (np.concatenate(part) for part in zip(*parts, strict=True))
     return keys, np.concatenate([[0], np.cumsum(sizes)]), following, counts
 
@@ -83,7 +83,7 @@ def _next_of(contexts: Grams, longer: Grams) -> tuple[Numbers, Numbers, Numbers,
 
 
 def _key(length: int, start: Any) -> Any:
-    """What a frequent context is found by: its length and where its range begins."""
+    """The key of a frequent context: its length, and where its range begins."""
     return (length << LENGTH_BITS) + start
 
 

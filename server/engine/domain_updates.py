@@ -174,8 +174,8 @@ class DomainUpdates:
 
     def _ngrams(self, name: str, folder: Path) -> CheckedMemory:
         """Raises DecoderError."""
-        found = open_ngrams(folder, lambda: self.base_revision, self.token_hash)
-        return CheckedMemory(NGRAM, Domain.of_ngrams(name, found, self.token_hash), "stage_ngrams", found.revision)
+        ngrams = open_ngrams(folder, lambda: self.base_revision, self.token_hash)
+        return CheckedMemory(NGRAM, Domain.of_ngrams(name, ngrams, self.token_hash), "stage_ngrams", ngrams.revision)
 
     def _confined(self, path: str) -> Path:
         """The package's folder, symbolic links resolved. Raises OutsideRoots if it, or a file in it, lies outside the roots."""

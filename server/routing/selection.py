@@ -10,7 +10,7 @@ from memdec.server.routing.domains import DECODER, KNN, MIXED, MODES, NGRAM, NON
 FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
 STRIDE, SOURCES = "rag_stride", "memory_sources"  # body fields
 MISSING = {DECODER: "decoder", KNN: "datastore", RAG: "datastore", NGRAM: "n-gram memory"}  # what a mode needs
-LONGEST_STRIDE = 1_000_000  # tokens; more than any context, so the same as once
+LONGEST_STRIDE = 1_000_000  # tokens; longer than any context, so the same as one retrieval
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Place:
         self.at = len(echoed) - len(spelled) if spelled.endswith(echoed) else 0
 
     def pass_by(self, tokens: Sequence[int]) -> list[int]:
-        """The offsets [tokens] of the next tokens. One that goes on with a character begins where the character does."""
+        """The offsets [tokens] of the next tokens. A token that continues a character has the character's offset."""
         return [self._pass_one(token) for token in tokens]
 
     def _pass_one(self, token: int) -> int:

@@ -38,7 +38,7 @@ Candidates = Mapping[int, Logprob]
 Rendered = TypeVar("Rendered", list[EngineInput], tuple[list[ConversationMessage], list[EngineInput]])
 """A completion's prompts; a chat's, with its conversation."""
 SPLIT = "one_event_per_token"  # a field of stream_options
-UNSCORED = Logprob(0.0)  # of a prompt's first token, which has no text yet either
+UNSCORED = Logprob(0.0)  # of a prompt's first token
 LEAST = -9999.0  # JSON has no minus infinity; vLLM's, and OpenAI's, number for it
 
 
@@ -49,21 +49,21 @@ def put_right(state: State) -> None:
 
 
 class Completions(OpenAIServingCompletion):
-    """`/v1/completions`. Each answer is made by a copy of the app's object, which knows where in the text its choices are."""
+    """`/v1/completions`. A copy of the app's object makes each answer; it knows the place in the text that each choice has reached."""
 
     next_places: Iterator[Place]
-    """Of the choices whose log-probabilities vLLM makes next, as it calls for them."""
+    """The places of the choices whose log-probabilities vLLM makes next, in the order of its calls."""
 
     async def create_completion(
         self, request: CompletionRequest, raw_request: Request | None = None
     ) -> AsyncGenerator[str, None] | CompletionResponse | ErrorResponse:
-        """vLLM's. A request to score its prompt says so to the engine's client."""
+        """Answer as vLLM does. A request to score its prompt is marked as one for the engine's client."""
         if _is_scoring(request):
             request.vllm_xargs = {**(request.vllm_xargs or {}), SCORED: 1}
         return await super().create_completion(request, raw_request)
 
     async def render_completion_request(self, request: CompletionRequest) -> list[EngineInput] | ErrorResponse:
-        """The prompts as token ids, those to be echoed also as text: vLLM leaves it out with return_token_ids, and then echoes nothing."""
+        """The prompts as token ids; those to be echoed also have their text, which vLLM leaves out with return_token_ids."""
         prompts = await super().render_completion_request(request.model_copy(update={"return_token_ids": False}))
         return prompts if _is_scoring(request) else _with_room(prompts, self.model_config.max_model_len, request.max_tokens)
 
@@ -81,7 +81,7 @@ class Completions(OpenAIServingCompletion):
         )
 
     async def _followed(self, request: CompletionRequest, engine_inputs: list[EngineInput], outputs: Outputs) -> Outputs:
-        """The outputs, while each one's place is the next; the first of a choice with the prompt's text where vLLM leaves it out."""
+        """Yield the outputs, `next_places` being set for each; a choice's first has the prompt's text where vLLM leaves it out."""
         places: dict[tuple[int, int], Place] = {}
         async for number, output in outputs:
             (choice,) = output.outputs
@@ -96,7 +96,7 @@ class Completions(OpenAIServingCompletion):
     def request_output_to_completion_response(
         self, final_res_batch: list[RequestOutput], request: CompletionRequest, *args: object, **kwargs: object
     ) -> CompletionResponse:
-        """A plain answer."""
+        """An answer that isn't streamed."""
         choices = [output for output in final_res_batch for _ in output.outputs]
         mine = copy.copy(self)  # answers are made in threads, too
         mine.next_places = (self._place(request, one.prompt_token_ids, one.prompt) for one in choices)
@@ -105,7 +105,7 @@ class Completions(OpenAIServingCompletion):
         return super(Completions, mine).request_output_to_completion_response(final_res_batch, _generating(request), *args, **kwargs)
 
     def _place(self, request: CompletionRequest, prompt: Sequence[int] | None = None, text: str | None = None) -> Place:
-        """The beginning of a choice: of the prompt if it is echoed."""
+        """The place where a choice's text begins: at the prompt if it is echoed."""
         echoed = request.echo and request.logprobs is not None
         return Place(self.renderer.tokenizer, request.skip_special_tokens, *((prompt or (), text or "") if echoed else ()))
 
@@ -158,7 +158,7 @@ class Chats(OpenAIServingChat):
     def _create_chat_logprobs(
         self, token_ids: Sequence[int], top_logprobs: Sequence[Candidates | None], tokenizer: Tokenizer, *args: object, **kwargs: object
     ) -> ChatCompletionLogProbs:
-        """vLLM's, with each token's own bytes."""
+        """vLLM's log-probabilities with each token's own bytes."""
         logprobs: ChatCompletionLogProbs = super()._create_chat_logprobs(token_ids, top_logprobs, tokenizer, *args, **kwargs)
         for entry, token, candidates in zip(logprobs.content or (), token_ids, top_logprobs, strict=False):
             _give_bytes(entry, tokenizer, token, candidates)
@@ -166,13 +166,13 @@ class Chats(OpenAIServingChat):
 
 
 class Responses(OpenAIServingResponses):
-    """`/v1/responses`. Each stream is made by a copy of the app's object, which keeps the tokens that no event has carried yet."""
+    """`/v1/responses`. A copy of the app's object makes each stream; it keeps the tokens that no event has carried yet."""
 
     pending: list[tuple[int, Candidates]] | None = None
-    """Of a stream: tokens with their log-probabilities that no event has carried yet."""
+    """A stream's tokens, with their log-probabilities, that no event has carried yet."""
 
     def _validate_generator_input(self, engine_input: EngineInput) -> ErrorResponse | None:
-        """Nothing. Raises VLLMValidationError for a prompt without room for an answer: vLLM says that 512 exceeds 512."""
+        """Raise VLLMValidationError for a prompt without room for an answer; vLLM's own message says that 512 exceeds 512."""
         _with_room([engine_input], self.model_config.max_model_len, None)
         return super()._validate_generator_input(engine_input)
 
@@ -184,7 +184,7 @@ class Responses(OpenAIServingResponses):
         *args: object,
         **kwargs: object,
     ) -> AsyncIterator[StreamingResponsesResponse]:
-        """vLLM's events, without a loss of log-probabilities: it makes no event of an output without text, such as a part of a character.
+        """vLLM's events with all log-probabilities: vLLM makes no event of an output without text, such as a part of a character.
 
         To be dropped when it keeps what belongs to such an output for the next event.
         """
@@ -207,7 +207,7 @@ class Responses(OpenAIServingResponses):
     def _create_response_logprobs(
         self, token_ids: Sequence[int], logprobs: Sequence[Candidates], tokenizer: Tokenizer, top_logprobs: int | None = None
     ) -> list[ResponseLogprob]:
-        """vLLM's, with each token's own bytes, as in chats; in a stream, of all tokens since the last text."""
+        """vLLM's log-probabilities with each token's own bytes, as in chats; in a stream, those of all tokens since the last text."""
         if self.pending is not None:
             token_ids, logprobs = [t for t, _ in self.pending], [c for _, c in self.pending]
             self.pending.clear()
@@ -220,14 +220,14 @@ class Responses(OpenAIServingResponses):
 def _give_bytes(
     entry: ChatCompletionLogProbsContent | ResponseLogprob, tokenizer: Tokenizer, token: int, candidates: Candidates | None
 ) -> None:
-    """Give a token's entry and its candidates their own bytes: vLLM's are those of the text, which a part of a character has not."""
+    """Give a token's entry and its candidates their own bytes: vLLM gives the bytes of the text, and a part of a character has none."""
     entry.bytes = list(bytes_of(tokenizer, token))
     for other, candidate in zip(entry.top_logprobs, candidates or (), strict=False):
         other.bytes = list(bytes_of(tokenizer, candidate))
 
 
 def by_token(request: CompletionRequest | ChatCompletionRequest) -> bool:
-    """Whether a stream shall have one event a token. Raises VLLMValidationError if that is not said as a boolean."""
+    """Whether a stream has one event a token. Raises VLLMValidationError if the option isn't a boolean."""
     asked = ((request.stream_options and request.stream_options.model_extra) or {}).get(SPLIT, False)
     if not isinstance(asked, bool):
         raise VLLMValidationError(f"stream_options.{SPLIT} must be true or false", parameter="stream_options")
@@ -239,7 +239,7 @@ def _is_scoring(request: CompletionRequest) -> bool:
 
 
 def _generating(request: CompletionRequest) -> CompletionRequest:
-    """For scoring, the request with max_tokens 1: vLLM then builds the answer from the prompt and the outputs, which are empty."""
+    """A copy of a scoring request with max_tokens 1: vLLM then builds the answer from the prompt and the outputs, which are empty."""
     return request.model_copy(update={"max_tokens": 1}) if _is_scoring(request) else request
 
 
@@ -253,7 +253,7 @@ def _echoing(request: CompletionRequest, choice: CompletionOutput, prompt: str |
 
 
 def _with_room(rendered: Rendered | ErrorResponse, context: int, asked: int | None) -> Rendered | ErrorResponse:
-    """What was rendered. Raises VLLMValidationError for a prompt that leaves no token of the context for the answer that was asked for.
+    """Return `rendered`. Raises VLLMValidationError if a prompt leaves no token of the context for an answer that was asked for.
 
     vLLM's own check lets it pass, and then finds that max_tokens, whatever the client said, is 0. To be dropped when it doesn't.
     """

@@ -23,7 +23,7 @@ def bounded(params: Params) -> Params:
     try:
         tag = json.loads(outputs.structural_tag)
     except ValueError:
-        return params  # vLLM says what is wrong
+        return params  # vLLM will refuse it with its own message
     params = params.clone()
     params.structured_outputs = replace(outputs, structural_tag=json.dumps(_bound(tag)))
     return params
@@ -34,6 +34,6 @@ def _bound(node: object) -> object:
         return [_bound(one) for one in node]
     if not isinstance(node, dict):
         return node
-    if node.get("type") == "json_schema" and "json_schema" in node:  # what is in a schema is the schema's
+    if node.get("type") == "json_schema" and "json_schema" in node:  # within a schema nothing is changed
         return {**node, MOST: 1 if node.get(MOST) is None else node[MOST]}
     return {key: _bound(value) for key, value in node.items()}

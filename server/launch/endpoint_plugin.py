@@ -1,6 +1,6 @@
-"""Entry point `vllm.endpoint_plugins`: our app inside vLLM's own server, in the place of vLLM's.
+"""Entry point `vllm.endpoint_plugins`: our app inside vLLM's own server, in place of vLLM's.
 
-For what only vLLM's launcher does, such as several API server processes. `memdec serve … --print-vllm` prints the command; vLLM loads the plugin only
+Use it for what only vLLM's launcher does, such as several API server processes. `memdec serve … --print-vllm` prints the command; vLLM loads the plugin only
 where VLLM_PLUGINS names it. Each API server process has its own engine client, which becomes a MemoryEngine here.
 """
 
@@ -22,7 +22,7 @@ from memdec.server.launch.vllm_command import require_one_process, settings_of
 
 
 class MemoryRoutes:
-    """What vLLM asks of an endpoint plugin; one is made for each app."""
+    """memdec as an endpoint plugin of vLLM's, which makes one for each app."""
 
     name = "memdec_routes"
     required_tasks = ("generate",)

@@ -1,4 +1,4 @@
-"""vLLM's options for its front end: each has its effect here too, or is refused by name. None is taken in silence.
+"""vLLM's options for its front end: each has its effect here too, or is refused by name. None is accepted and ignored.
 
 A test goes through all that vLLM declares: one that an upgrade adds is in neither list, and fails there.
 """

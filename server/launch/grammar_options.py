@@ -11,7 +11,7 @@ COMPACT = ("xgrammar", "guidance")  # backends that can do without free white sp
 
 
 def with_defaults(words: Sequence[str]) -> list[str]:
-    """A command line with one backend, xgrammar, and JSON without free white space, which a model at temperature 0 need not ever end.
+    """The command line with backend xgrammar and JSON without free white space, which a model at temperature 0 may write without end.
 
     vLLM compares the two while it parses, before a backend could be filled in. Its own default, `auto`, chooses a backend by request in the
     front end and once in the engine: what the one accepts could fail in the other. A configuration file that names the option decides alone.
@@ -27,7 +27,7 @@ def with_defaults(words: Sequence[str]) -> list[str]:
 
 
 def _taken_out(words: list[str]) -> tuple[list[str], JsonObject | None]:
-    """The other words, and what those of the option say together; None if that is no JSON, which is for vLLM to complain about."""
+    """The other words, and the value that the option's words make together; None if that is no JSON, which vLLM then refuses."""
     rest: list[str] = []
     given: JsonObject = {}
     while words:

@@ -1,4 +1,4 @@
-"""The engine without HTTP, in this process: for benchmarks, and for batches of one's own."""
+"""The engine without HTTP, in this process: for benchmarks and offline batches."""
 
 import os
 import time
@@ -23,7 +23,7 @@ from memdec.server.worker.draft_length import drafting
 
 @dataclass(frozen=True)
 class Timed:
-    """One batch, as it was answered."""
+    """The answers to one batch of prompts, and how long they took."""
 
     seconds: float
     first: float
@@ -69,7 +69,7 @@ class OfflineEngine:
         return {part: seconds for part, (seconds, _) in times.items()}
 
     def drafts(self) -> tuple[int, list[int]]:
-        """Since the start: drafts, and the tokens accepted at each position."""
+        """Number of drafts, and of tokens accepted at each position, since the start."""
         counters = {m.name: m for m in self.llm.get_metrics() if "spec_decode" in m.name}
         if not counters:
             return 0, []

@@ -67,7 +67,7 @@ OURS = frozenset(flags.spelling(f.name) for options in (Options, Limits) for f i
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was asked for: our part read, vLLM's as words."""
+    """A command line: our options read, vLLM's left as words."""
 
     options: Options
     limits: Limits
@@ -81,7 +81,7 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class Checked:
-    """What follows from our options and from small files, without reading a model."""
+    """The result of checking our options, for which small files are read but no model."""
 
     decoders: tuple[str, ...]
     """NAME=PATH of each, those of --decoder-dir included."""
@@ -90,7 +90,7 @@ class Checked:
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Read our options, from words and from vLLM's `--config FILE`. Raises StartupError; exits with 2, as argparse does, at a value that is none."""
+    """Read our options, from words and from vLLM's `--config FILE`. Raises StartupError; exits with 2, as argparse does, at a malformed value."""
     words = _normal(argv)
     config = read_config(words)
     parser = ArgumentParser(prog="memdec serve", add_help=False, allow_abbrev=False)
@@ -184,7 +184,7 @@ def _listed(value: object) -> list[str]:
 
 
 def _normal(argv: Sequence[str]) -> list[str]:
-    """Words as vLLM's parser reads them: `_` for `-` in an option's name is the same, and so is `--config=FILE`."""
+    """Words in one spelling, as vLLM's parser reads them: `-` for `_` in options' names, and `--config FILE` for `--config=FILE`."""
     normal: list[str] = []
     for word in argv:
         name, equals, value = word.partition("=")

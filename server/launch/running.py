@@ -1,4 +1,4 @@
-"""The server's life: socket, engine, app, HTTP, and the end of each."""
+"""Runs the server: opens the socket, starts engine and app, serves HTTP, and ends each of them."""
 
 import sys
 import time
@@ -51,7 +51,7 @@ async def run(args: Namespace, settings: Settings) -> int:
 
 
 def _listen(args: Namespace) -> socket:
-    """The socket, bound before the engine takes its minute. Raises StartupError."""
+    """Bind the server's socket, before the engine takes its minute to start. Raises StartupError."""
     try:
         return setup_server(args, reuse_port=False)[1]  # type: ignore[no-any-return]
     except (OSError, OverflowError) as error:
@@ -59,7 +59,7 @@ def _listen(args: Namespace) -> socket:
 
 
 def _start(args: Namespace) -> MemoryEngine:
-    """The engine, started. Raises StartupError."""
+    """Start the engine. Raises StartupError."""
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=CONTEXT)
         return MemoryEngine.from_vllm_config(  # type: ignore[no-any-return]
@@ -74,11 +74,11 @@ def _start(args: Namespace) -> MemoryEngine:
 
 
 async def _serve(app: FastAPI, sock: socket, args: Namespace, log_json: bool) -> Awaitable[None]:
-    """Answer until told to stop; returns what ends the connections that are left."""
+    """Serve HTTP until a signal; the awaitable that is returned ends the connections that are left."""
     stopped: Awaitable[None] = await serve_http(
         app, sock=sock, host=args.host, port=args.port, log_level=args.uvicorn_log_level,
         http=BoundedHttp, ws="none", timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        timeout_graceful_shutdown=5,  # or a client cut off in mid-answer can hold the exit up
+        timeout_graceful_shutdown=5,  # otherwise a client that was cut off in mid-answer can delay the exit
         ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile, ssl_ca_certs=args.ssl_ca_certs, ssl_cert_reqs=args.ssl_cert_reqs, ssl_ciphers=args.ssl_ciphers, enable_ssl_refresh=args.enable_ssl_refresh,
         **_logging(args, log_json),
     )  # fmt: skip

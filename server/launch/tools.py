@@ -1,4 +1,4 @@
-"""Which of vLLM's tool parsers reads a base's calls: the one whose marks the base's chat template teaches."""
+"""Chooses the one of vLLM's tool parsers that reads a base's calls, by the marks in the base's chat template."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -24,9 +24,9 @@ MARKS = (  # what stands in templates, and the parser that looks for it; the fir
 
 
 def choose_parser(args: Namespace, base: Path) -> None:
-    """Fill in --enable-auto-tool-choice and --tool-call-parser where the user says neither; say so where the base learns nothing of tools.
+    """Fill in --enable-auto-tool-choice and --tool-call-parser where the user says neither; `tools_shown` is whether the base learns of tools.
 
-    vLLM wants a parser for forced calls too, whose form its grammar sets: there, and beside a template that no parser is known for, it is hermes'.
+    vLLM wants a parser for forced calls too, whose form its grammar sets; without a parser for the template it gets FORCED.
     """
     args.tools_shown = True
     if args.tool_call_parser is not None or args.enable_auto_tool_choice:
@@ -39,7 +39,7 @@ def choose_parser(args: Namespace, base: Path) -> None:
 
 
 def parser_for(template: str) -> str | None:
-    """The parser for a chat template; None: the template tells the base nothing of tools, or in a form that isn't known here."""
+    """The parser for a chat template; None if the template tells the base nothing of tools, or in a form that no parser here reads."""
     if "tools" not in template:
         return None
     return next((parser for mark, parser in MARKS if mark in template), None)

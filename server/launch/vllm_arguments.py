@@ -56,7 +56,7 @@ def parse_vllm(words: Sequence[str]) -> Namespace:
 
 
 def _show_ours(parser: ArgumentParser) -> None:
-    """Our options in the help, for which alone they are declared twice."""
+    """Declare our options in vLLM's parser, too, for its help alone."""
     group = parser.add_argument_group("memdec")
     flags.add(group, Options)
     flags.add(group, Limits)
@@ -65,7 +65,7 @@ def _show_ours(parser: ArgumentParser) -> None:
 
 
 def _without_ours(words: Sequence[str]) -> list[str]:
-    """A configuration file's words but for our options, which were read before."""
+    """A configuration file's words without our options, which were read before."""
     kept, ours = [], False
     for word in words:
         if word.startswith("--"):
@@ -113,7 +113,7 @@ def _refuse(args: Namespace, line: CommandLine) -> None:
 
 
 def _fill_models(args: Namespace, models: Models) -> None:
-    """The composite in the place of the base, and no context longer than all its models have."""
+    """Have vLLM load the composite in place of the base, with a context no longer than any of its models has."""
     if models.positions is not None:
         if args.max_model_len is None or args.max_model_len == -1:
             args.max_model_len = models.positions

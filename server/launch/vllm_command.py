@@ -16,7 +16,7 @@ from memdec.server.launch.grammar_options import with_defaults
 from memdec.server.launch.options import ADMIN_KEY, CommandLine, check, parse
 from memdec.server.routing.domains import Domain, Domains
 
-# What the composite's configuration or vLLM's own options say already, or nobody should read, and its default.
+# Options that aren't carried, with their defaults: the composite's configuration or vLLM's options say the same, or they are secret.
 NOT_CARRIED: dict[str, Any] = {
     "decoder": (), "decoder_dir": (), "datastore": (), "ngram": (), "skip_broken_datastores": False, "speculate": None, "print_vllm": False, "admin_key": None,
 }  # fmt: skip
@@ -42,7 +42,7 @@ def vllm_command(args: Namespace, line: CommandLine, settings: Settings) -> str:
 
 
 def _filled(args: Namespace, settings: Settings) -> dict[str, object]:
-    """What was filled in, as options."""
+    """The values that memdec has filled in, as options of vLLM's."""
     json_log = settings.limits.log_json
     return {
         "--max-model-len": args.max_model_len,
@@ -72,7 +72,7 @@ def carried(spec: CompositeSpec, line: CommandLine, settings: Settings) -> Compo
 
 
 def settings_of(args: Namespace) -> Settings:
-    """What `carried` said, in a server of vLLM's. Raises StartupError as the command line itself would."""
+    """The settings that `carried` put into the spec, read in a server of vLLM's. Raises StartupError as the command line itself would."""
     spec = CompositeSpec.of(args.hf_overrides or {})
     if spec is None or spec.served is None:
         raise StartupError(f"memdec_routes: wanted the command that memdec serve --print-vllm prints; there is no {KEY} in --hf-overrides")

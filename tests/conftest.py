@@ -15,6 +15,8 @@ import pytest
 from openai import OpenAI
 
 sys.path.insert(0, str(Path(__file__).parent))
+# Toys need no more, here and in the servers: two test processes share two cores, and OpenMP's threads that wait for each other slow both down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("VLLM_ENABLE_RESPONSES_API_STORE", "1")  # read by vLLM; touches /v1/responses alone

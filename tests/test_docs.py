@@ -1,4 +1,4 @@
-"""The pages: their prose and what they name; and docs/train.md, carried out on a tiny corpus with the embedded base."""
+"""The pages: their prose and what they name; and docs/train.md, carried out on a tiny corpus with a toy base."""
 
 import re
 import shlex
@@ -27,19 +27,19 @@ PAGES = [
 ]  # written by hand, unlike the tables and reports that programs write
 WIDTH = 120  # columns
 # What the defaults would take half an hour for.
-TINY = ["--teacher-tokens", "4096", "--entries", "2000", "--neighbours", "8", "--student-tokens", "8192", "--knn-tokens", "4096"]
+TINY = ["--teacher-tokens", "4096", "--entries", "2000", "--neighbours", "8", "--student-tokens", "4096", "--knn-tokens", "4096"]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `my/notes`, some of the standard library's text, and the embedded base where the guide has it."""
+def here(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `my/notes`, some of the standard library's text, and a toy where the guide has the embedded base."""
     notes = tmp_path / "my" / "notes"
     notes.mkdir(parents=True)
     library = Path(sysconfig.get_path("stdlib"))
-    for split, names in {"train": ("argparse", "typing"), "valid": ("tarfile",), "test": ("ast",)}.items():
+    for split, names in {"train": ("argparse", "typing"), "valid": ("shlex", "sched"), "test": ("queue", "reprlib")}.items():
         (notes / f"{split}.txt").write_text("\n\n".join((library / f"{n}.py").read_text().replace("\n\n", "\n") for n in names))
     (tmp_path / "decoders" / "zoo").mkdir(parents=True)
-    shutil.copytree(ROOT / "decoders" / "zoo" / "base", tmp_path / "decoders" / "zoo" / "base")
+    shutil.copytree(toys / "base", tmp_path / "decoders" / "zoo" / "base")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

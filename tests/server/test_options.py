@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 from assembled import ask, assembled
+from command_line import given
 
 from memdec import cli, flags
 from memdec.flags import flag
 from memdec.server.api.keys import Key
 from memdec.server.api.limits import Limits
-from memdec.server.api.settings import Settings
 from memdec.server.errors import StartupError
 from memdec.server.launch import greeting, running
 from memdec.server.launch.front_end import HONOURED, REFUSED, REFUSED_OF_THE_ENGINE, REFUSED_WITH_DECODERS, refuse_without_effect
-from memdec.server.launch.options import ADMIN_KEY, OURS, CommandLine, check, parse
-from memdec.server.launch.serve import settle
-from memdec.server.launch.vllm_arguments import fill, parse_vllm
+from memdec.server.launch.options import ADMIN_KEY, OURS, parse
+from memdec.server.launch.vllm_arguments import parse_vllm
 from memdec.server.launch.vllm_command import NOT_CARRIED, require_one_process, settings_of, vllm_command
 
 HEAVY = ("torch", "transformers", "vllm", "numpy", "fastapi")
@@ -135,15 +134,6 @@ def test_underscores_and_abbreviations() -> None:
         parse_vllm(line.words)
 
 
-def given(toys: Path, *words: str) -> tuple[CommandLine, Settings, Namespace]:
-    """All that `memdec serve` does before it starts an engine."""
-    line = parse([str(toys / "base"), "--decoder", f"a={toys / 'qwen_a'}", "--enforce-eager", "--dtype", "float32", *words])
-    checked, args = check(line), parse_vllm(line.words)
-    settings = settle(line, checked, args)
-    fill(args, line, settings)
-    return line, settings, args
-
-
 @pytest.fixture
 def everything(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every option of ours that a server can be given at once."""
@@ -243,8 +233,8 @@ def test_values_that_memories_cannot_have(words: list[str], told: str, toys: Pat
 def test_the_worker_shares_a_process_only_where_it_is_alone(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank of two in the engine's process would wait for the other for ever."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    assert given(toys)[2].distributed_executor_backend == "uni"
-    assert given(toys, "--tensor-parallel-size", "2")[2].distributed_executor_backend is None
+    assert given(toys, "--enforce-eager")[2].distributed_executor_backend == "uni"
+    assert given(toys, "--enforce-eager", "--tensor-parallel-size", "2")[2].distributed_executor_backend is None
 
 
 def test_the_greeting_says_where_the_server_is() -> None:

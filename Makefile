@@ -14,19 +14,26 @@ DOMAINS := $(notdir $(patsubst %/memory_decoder.json,%,$(wildcard $(ZOO)/*/memor
 BIN := $(VENV)/bin
 CACHE ?= .cache
 EMBEDDED = $(ZOO)/base $(foreach d,$(DOMAINS),--decoder $(d)=$(ZOO)/$(d)) --datastore python=$(CACHE)/retrieval/python \
+  --ngram python=$(CACHE)/ngram/python \
   --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456
+BASELINES := $(CACHE)/retrieval/python/retrieval.json $(CACHE)/ngram/python/ngram.json
 QUIET := env VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
 
 .PHONY: serve loadtest bench bench-gpu growth test test-fast check format install install-dev clean
 
-serve: install $(CACHE)/retrieval/python/retrieval.json  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
+serve: install $(BASELINES)  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
 	exec $(QUIET) $(BIN)/memdec serve $(EMBEDDED) --host $(HOST) --port $(PORT)
 
 # kNN-LM and RAG over this Python's standard library, to compare the python memory with: about a minute, once
 $(CACHE)/retrieval/python/retrieval.json: $(ZOO)/base/model.safetensors | install
 	$(QUIET) $(BIN)/memdec retrieval python --corpus stdlib --base $(ZOO)/base --out $(CACHE)/retrieval/python --entries 150000 --valid-windows 16
 
-loadtest: install-dev $(CACHE)/retrieval/python/retrieval.json  ## load a server with locust; results go to loadtest/results
+# an n-gram memory of the same tokens: some seconds, and its order and lambda are tuned beside the base
+$(CACHE)/ngram/python/ngram.json: $(CACHE)/retrieval/python/retrieval.json | install
+	$(QUIET) $(BIN)/memdec ngram python --corpus stdlib --base $(ZOO)/base --out $(CACHE)/ngram/python \
+	  --work $(CACHE)/retrieval/python.work --windows 16 --with-sources
+
+loadtest: install-dev $(BASELINES)  ## load a server with locust; results go to loadtest/results
 	$(QUIET) $(BIN)/python loadtest/run.py $(LOADTEST) -- $(EMBEDDED)
 
 bench: install-dev  ## what a memory costs and what speculation saves, over plain vLLM: 20 GB of memory, half an hour
@@ -35,7 +42,7 @@ bench: install-dev  ## what a memory costs and what speculation saves, over plai
 bench-gpu:  ## the paper's shapes on a CUDA device, with an environment of your own: PYTHON=... has torch and transformers
 	PYTHONPATH=. $(PYTHON) loadtest/bench_gpu.py $(BENCH)
 
-growth: install-dev $(CACHE)/retrieval/python/retrieval.json  ## milliseconds per token as the datastore grows to 10 M entries: 16 GB of memory, 10 GB of disk
+growth: install-dev $(CACHE)/retrieval/python/retrieval.json  ## milliseconds per token as the corpus grows: a datastore to 10 M entries, n-grams to 100 M tokens: 16 GB of memory, 10 GB of disk
 	$(QUIET) $(BIN)/python loadtest/growth.py $(GROWTH)
 
 test: install-dev check  ## every check and test, in two processes: most of a test is one core's start-up

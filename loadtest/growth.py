@@ -1,8 +1,10 @@
-"""`make growth`: milliseconds per token as the datastore grows, through the server: base, memory decoder, kNN-LM, RAG.
+"""`make growth`: milliseconds per token as the corpus grows, through the server: base, memory decoder, n-gram memory, kNN-LM, RAG.
 
-One run: for each number of entries a server with a datastore of that size, then all methods in turn at batch 1 and 8. Entries beyond the real ones
-are synthetic: a real key with noise as wide as half the keys' own spread, so that the index has the same kind of clusters to sort. Each index is set
-up as one would in production: `IVF,PQ` with exact re-ranking, as many cells visited as it takes to find nine of ten of the 64 true neighbours.
+One run: for each number of entries a server with a datastore of that size, and an n-gram memory of as many tokens, then all methods in turn at
+batch 1 and 8. Entries beyond the real ones are synthetic: a real key with noise as wide as half the keys' own spread, so that the index has the same
+kind of clusters to sort; tokens beyond the real ones are real pieces of text in random order, so that contexts match. Each index is set up as one
+would in production: `IVF,PQ` with exact re-ranking, as many cells visited as it takes to find nine of ten of the 64 true neighbours. The n-gram
+memory alone goes on to `--tokens` (10 GB of memory while 10^8 are indexed), without drafts: what is measured is the look-up.
 Writes growth.json and growth.png to loadtest/results/; prints a table and one JSON line last.
 """
 
@@ -12,6 +14,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from run import ROOT, commit, cpu, server
 
 from memdec.decoders.datastore import build_index, write_index
 from memdec.decoders.reading.datastore import CHUNK, with_exact_distances
+from memdec.decoders.reading.ngram_folder import SHARD_TOKENS, vocabulary_of
+from memdec.decoders.reading.ngram_index import Text, write_memory
 from memdec.decoders.reading.passages import Passages
 from memdec.decoders.reading.retrieval import INDEX, NAME, VALUES, RetrievalPackage, describe
 from memdec.decoders.reading.tokenizer import load_tokenizer
@@ -30,6 +35,7 @@ from memdec.decoders.reading.tokenizer import load_tokenizer
 METHODS: dict[str, dict[str, Any]] = {
     "base": {},
     "decoder": {"memory": "decoder"},
+    "ngram": {"memory": "ngram"},
     "knn": {"memory": "knn"},
     "rag once": {"memory": "rag"},
     "rag stride 4": {"memory": "rag", "rag_stride": 4},
@@ -38,6 +44,8 @@ PAPER = {"decoder": 1.28, "rag stride 4": 1.51, "knn": 2.17}  # arXiv 2508.09874
 PROMPT, TOKENS = 128, 64
 RECALL, NEAREST, QUERIES = 0.9, 64, 64
 PROBES = (8, 16, 32, 64, 128, 256, 512)
+PIECE = 32  # tokens of real text that stay together in a synthetic one
+DOCUMENT = 1 << 12  # tokens of a synthetic document
 
 
 def main() -> None:
@@ -47,17 +55,33 @@ def main() -> None:
     parser.add_argument("--decoder", type=Path, default=ROOT / "decoders" / "zoo" / "python")
     parser.add_argument("--retrieval", type=Path, default=ROOT / ".cache" / "retrieval" / "python")
     parser.add_argument("--entries", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[100_000_000], help="sizes of n-gram memories without a datastore of that size"
+    )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--speculate", type=int, default=0, help="drafted tokens a step; 0: what is measured is the cost of a look-up")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "growth")
     parser.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for entries in args.entries:
-        folder = args.work / str(entries)
-        how = stretch(RetrievalPackage.read(args.retrieval), args.base, entries, folder)
-        command = [str(args.base), "--decoder", f"d={args.decoder}", "--datastore", f"d={folder}", "--dtype", "float32", "--enforce-eager"]
-        command += ["--kv-cache-memory-bytes", str(1 << 28), "--no-enable-prefix-caching"]
+    for entries in [*args.entries, *args.tokens]:
+        folder, real = args.work / str(entries), RetrievalPackage.read(args.retrieval)
+        shutil.rmtree(folder, ignore_errors=True)
+        how = stretch(real, args.base, entries, folder / "datastore") if entries in args.entries else {}
+        how["ngram"] = stretch_text(real, args.base, entries, folder / "ngram")
+        command = [
+            str(args.base),
+            "--decoder",
+            f"d={args.decoder}",
+            "--ngram",
+            f"d={folder / 'ngram'}",
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+        ]
+        command += ["--datastore", f"d={folder / 'datastore'}"] if entries in args.entries else []
+        command += ["--kv-cache-memory-bytes", str(1 << 28), "--no-enable-prefix-caching", "--speculate", str(args.speculate)]
         with server(command, args.out) as url:
             for batch in (1, 8):
                 rows.append({"entries": entries, "batch": batch, **how, "ms": measure(url, batch, args.rounds)})
@@ -84,7 +108,6 @@ def main() -> None:
 
 def stretch(real: RetrievalPackage, base: Path, entries: int, out: Path) -> dict[str, Any]:
     """A retrieval folder of `entries` entries made from a real one; returns cells, cells visited and recall."""
-    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     random = np.random.default_rng(0)
     source = real.datastore()
@@ -127,6 +150,34 @@ def stretch(real: RetrievalPackage, base: Path, entries: int, out: Path) -> dict
     }
 
 
+def stretch_text(real: RetrievalPackage, base: Path, tokens: int, out: Path) -> dict[str, Any]:
+    """An n-gram memory of `tokens` tokens made from a datastore's text; returns seconds that it took, and its size."""
+    random = np.random.default_rng(0)
+    tokenizer = load_tokenizer(base)
+    vocabulary = vocabulary_of(tokenizer)
+    begun = time.perf_counter()
+    own = np.asarray(Passages.open(real.path, tokenizer).ids)
+    own = own[own != vocabulary.end]
+    pieces = own[: len(own) // PIECE * PIECE].reshape(-1, PIECE)
+    picked = random.integers(0, len(pieces), tokens // PIECE + 1)
+    picked[: len(pieces)] = np.arange(min(len(pieces), len(picked)))  # the real ones first
+    ids = pieces[picked].reshape(-1)[:tokens].astype(np.uint32)
+    ends = np.append(np.arange(DOCUMENT, tokens, DOCUMENT), tokens)
+    ids[ends - 1] = vocabulary.end
+    write_memory(out, "d", shards(ids, ends), vocabulary)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return {"seconds": round(time.perf_counter() - begun, 1), "megabytes": round(size / 1e6)}
+
+
+def shards(ids: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> Iterator[Text]:
+    """Documents as shards of at most SHARD_TOKENS."""
+    start = first = 0
+    while first < len(ends):
+        last = int(np.searchsorted(ends, start + SHARD_TOKENS, side="right"))
+        yield Text(ids[start : ends[last - 1]], ends[first:last] - start, [f"d{i}" for i in range(first, last)])
+        start, first = int(ends[last - 1]), last
+
+
 def tune(index: faiss.Index, keys: Any, queries: np.ndarray[Any, Any], neighbours: int) -> tuple[int, float]:
     """The fewest cells with which RECALL of the true nearest is among the `neighbours` found, and what is found then."""
     best = np.full((len(queries), NEAREST), np.inf, np.float32), np.zeros((len(queries), NEAREST), np.int64)
@@ -147,14 +198,16 @@ def tune(index: faiss.Index, keys: Any, queries: np.ndarray[Any, Any], neighbour
 
 
 def measure(url: str, batch: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds per token of every method: a batch of equal requests, from the first sent to the last answered, over the tokens of one."""
+    """Milliseconds per token of every method that the server has: a batch of equal requests, from the first sent to the last answered, over the tokens of one."""
     random = np.random.default_rng(batch)
-    taken: dict[str, list[float]] = {name: [] for name in METHODS}
     with httpx.Client(base_url=url, timeout=600) as http, ThreadPoolExecutor(batch) as pool:
+        modes = http.get("/v1/domains").json()["data"][0]["modes"]
+        offered = {name: fields for name, fields in METHODS.items() if not fields or fields["memory"] in modes}
+        taken: dict[str, list[float]] = {name: [] for name in offered}
         text = http.post("/tokenize", json={"prompt": Path(statistics.__file__).read_text()[:20_000]}).json()["tokens"]
         for number in range(rounds + 1):  # the first warms up
             starts = random.integers(0, len(text) - PROMPT, batch)
-            for name, fields in METHODS.items():
+            for name, fields in offered.items():
                 chosen = {"domain": "d", **fields} if fields else {}
                 bodies = [
                     {"prompt": text[s : s + PROMPT], "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **chosen}
@@ -172,12 +225,16 @@ def measure(url: str, batch: int, rounds: int) -> dict[str, dict[str, float]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: milliseconds per token, and times the base."""
-    lines = ["| entries | MB | cells visited | recall | batch | " + " | ".join(METHODS) + " |", "|---" * (5 + len(METHODS)) + "|"]
+    lines = [
+        "| tokens | n-grams MB | datastore MB | cells visited | recall | batch | " + " | ".join(METHODS) + " |",
+        "|---" * (6 + len(METHODS)) + "|",
+    ]
     for row in rows:
         base = row["ms"]["base"]["median"]
-        cells = [f"{v['median']:.2f} ({v['median'] / base:.2f}×)" for v in row["ms"].values()]
-        head = f"| {row['entries']:,} | {row['megabytes']:,} | {row['probed']} of {row['cells']} | {row['recall']} | {row['batch']} | "
-        lines.append(head + " | ".join(cells) + " |")
+        cells = [f"{v['median']:.2f} ({v['median'] / base:.2f}×)" if (v := row["ms"].get(name)) else "–" for name in METHODS]
+        index = (f"{row['megabytes']:,}", f"{row['probed']} of {row['cells']}", f"{row['recall']}") if "cells" in row else ("–",) * 3
+        head = " | ".join((f"{row['entries']:,}", f"{row['ngram']['megabytes']:,}", *index, f"{row['batch']}"))
+        lines.append(f"| {head} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -192,11 +249,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for axes, batch in zip(panels, (1, 8), strict=True):
         part = [r for r in rows if r["batch"] == batch]
         for name in METHODS:
-            line = [r["ms"][name]["median"] / r["ms"]["base"]["median"] for r in part]
-            (drawn,) = axes.plot([r["entries"] for r in part], line, marker="o", label=name)
+            had = [r for r in part if name in r["ms"]]
+            line = [r["ms"][name]["median"] / r["ms"]["base"]["median"] for r in had]
+            (drawn,) = axes.plot([r["entries"] for r in had], line, marker="o", label=name)
             if name in PAPER and batch == 1:
                 axes.axhline(PAPER[name], color=drawn.get_color(), linestyle=":", linewidth=1)
-        axes.set(xscale="log", yscale="log", xlabel="datastore entries (tokens of the corpus)", title=f"batch {batch}")
+        axes.set(xscale="log", yscale="log", xlabel="tokens of the corpus", title=f"batch {batch}")
         axes.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"])
         axes.minorticks_off()
     panels[0].set_ylabel("time per token ÷ the base's")

@@ -47,7 +47,7 @@ def options(parser: Any) -> None:
     group.add_argument("--seed", dest="mix_seed", type=int, default=0, help="seed of the prompt mix")
     group.add_argument("--arrivals", type=float, default=0.0, help="requests a second and user, a Poisson process; 0: one after the other")
     group.add_argument("--answer-tokens", type=int, default=32, help="tokens of an answer")
-    group.add_argument("--modes", default="none,decoder,knn,rag", help="modes in the mix, where a domain has them")
+    group.add_argument("--modes", default="none,decoder,ngram,knn,rag", help="modes in the mix, where a domain has them")
     group.add_argument("--samples", default="", help="file for the raw latencies, JSON")
 
 

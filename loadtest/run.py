@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MODES = ("none", "decoder", "knn", "rag")
+MODES = ("none", "decoder", "ngram", "knn", "rag")
 FIRST, NEXT = "time to first token", "inter-token latency"
 
 

@@ -29,7 +29,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port, log = free_port(), tmp_path_factory.mktemp("quickstart") / "log.txt"
     with log.open("wb") as stream:
         command = ["make", "serve", f"PORT={port}", f"VENV={sys.prefix}"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        users = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as many threads as users have
+        process = subprocess.Popen(command, cwd=ROOT, env=users, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     wait_until_ready(process, log, 1200)  # the first start makes the python baselines
     yield f"http://127.0.0.1:{port}"
     os.killpg(process.pid, signal.SIGTERM)

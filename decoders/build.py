@@ -222,7 +222,7 @@ class Build:
             training["tuned"] = {"k": tuned["neighbours"], "tau": tuned["tau"], "lambda": tuned["lam"]}
         if self.init is not None:
             training["init"] = {"name": self.init.resolve().name, "revision": fingerprint_model(self.init)}
-        return write_package(self.out, decoder, self.domain, bases, training, inputs)
+        return write_package(self.out, decoder, self.domain, bases, training, self.base, inputs)
 
     def _made(self) -> tuple[str, ...]:
         """The folders of the stages before the package."""

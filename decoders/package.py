@@ -8,7 +8,8 @@ from typing import Any
 from memdec.decoders import parallel
 from memdec.decoders.manifest import Manifest, stage
 from memdec.decoders.reading.names import RECORD
-from memdec.decoders.reading.record import FORMAT, Record, checked
+from memdec.decoders.reading.record import FORMAT, SHARING, Record, checked
+from memdec.decoders.reading.shared_tensors import WEIGHTS, find_shared, leave_out
 from memdec.decoders.reading.tokenizer import load_tokenizer, token_map_hash
 
 CARD = "README.md"
@@ -30,8 +31,10 @@ def share(folder: Path) -> None:
         file.chmod(0o644)
 
 
-def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], training: dict[str, Any], manifest: Manifest) -> Path:
-    """Copy a trained decoder into a package for `domain`.
+def write_package(
+    out: Path, decoder: Path, domain: str, bases: dict[str, Any], training: dict[str, Any], base: Path, manifest: Manifest
+) -> Path:
+    """Copy a trained decoder into a package for `domain`, without the tensors that `base` has bit for bit.
 
     `bases`: figures by fingerprint of the base they were measured beside, lambda among them; the first base is the one it was built for.
     """
@@ -41,14 +44,19 @@ def write_package(out: Path, decoder: Path, domain: str, bases: dict[str, Any], 
         for pattern in MODEL_FILES:
             for file in decoder.glob(pattern):
                 shutil.copy(file, folder / file.name)
+        shared = find_shared(folder, base)
+        if shared:
+            leave_out(folder / WEIGHTS, shared)
         record = {
-            "format": FORMAT,
+            "format": SHARING if shared else FORMAT,
             "domain": domain,
             "lambda": next(iter(bases.values()))["lambda"],
             "token_map": token_map_hash(load_tokenizer(decoder)),
             "bases": bases,
             "training": training,
         }
+        if shared:
+            record["shared"] = {name: tensor.model_dump() for name, tensor in shared.items()}
         checked(Record, record, out / RECORD)  # the server will check the same
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         (folder / CARD).write_text(model_card(record))

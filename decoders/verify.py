@@ -1,6 +1,7 @@
 """`memdec verify`: the checks that a server makes before it serves a decoder, and a summary for people."""
 
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 
 from memdec.decoders.models import load_model
 from memdec.decoders.reading.errors import PackageError
+from memdec.decoders.reading.files import shown
 from memdec.decoders.reading.names import DOMAIN, DOMAIN_RULE, RECORD
 from memdec.decoders.reading.package import Package, read_record
+from memdec.decoders.reading.shared_tensors import completed
 from memdec.decoders.reading.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.reading.weights import check_weights
 
@@ -22,6 +25,9 @@ def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
         raise PackageError(f"--base {base}: no such folder")
     package = Package.open(path, base)
     yield "kind", "memdec package" if read_record(path) else f"plain checkpoint (no {RECORD})"
+    shared = package.record.shared
+    if shared and base is None:
+        raise PackageError(f"{path}: leaves out {shown(next(iter(shared)))}, which its base has; say which base it is with --base")
     yield "architecture", f"{package.config['architectures'][0]}, {package.size / 1e6:,.1f} MB"
     if package.domain is not None and not DOMAIN.fullmatch(package.domain):
         raise PackageError(f"{path / RECORD}: domain is {package.domain!r}, wanted {DOMAIN_RULE}")
@@ -33,7 +39,8 @@ def verify(path: Path, base: Path | None = None) -> Iterator[tuple[str, str]]:
         raise PackageError(f"{path}: its tokenizer's token map is {map_hash}, {RECORD} says {package.tokenizer}; copy the right one")
     yield "token map", f"{map_hash}, {len(tokenizer):,} ids"
 
-    model = load_model(path)
+    with tempfile.TemporaryDirectory(prefix="memdec-") as cache:
+        model = load_model(completed(package, base, Path(cache)).path if base is not None else path)
     broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if broken:
         raise PackageError(f"{path}: {broken[0]} holds values that are not finite; {len(broken)} tensors do")

@@ -47,6 +47,7 @@ def _run(words: list[str]) -> int:
             "pretrain": _pretrain,
             "retrieval": _retrieval,
             "ngram": _ngram,
+            "standalone": _standalone,
             "verify": _verify,
             "evaluate": _evaluate,
             "embedded-base": _embedded_base,
@@ -152,6 +153,15 @@ def _embedded_base(args: argparse.Namespace) -> int:
     return 0
 
 
+def _standalone(args: argparse.Namespace) -> int:
+    from memdec.decoders.reading.package import Package
+    from memdec.decoders.reading.shared_tensors import write_standalone
+
+    write_standalone(Package.read(args.package), args.base, args.out)
+    print(args.out)
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from memdec.decoders.verify import verify
 
@@ -184,6 +194,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
     ngram = commands.add_parser("ngram", help="make an n-gram memory of a corpus: no training, minutes; also add documents, or remove some")
     if command == "ngram":
         _add_ngram(ngram)
+    standalone = commands.add_parser("standalone", help="write a package's complete folder, with the tensors that it shares with its base")
+    standalone.add_argument("package", type=Path, metavar="PACKAGE", help="the decoder's folder")
+    standalone.add_argument("--base", required=True, type=Path, help="the base model that it was built from")
+    standalone.add_argument("--out", required=True, type=Path, help="the folder to be made")
     verify = commands.add_parser("verify", help="check that a decoder package or a plain checkpoint can be served")
     verify.add_argument("path", type=Path, metavar="PATH", help="the decoder's folder")
     verify.add_argument("--base", type=Path, help="the base model it is to be served beside")

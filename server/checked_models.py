@@ -15,6 +15,7 @@ from memdec.decoders.reading.ngram_folder import open_or_index
 from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.record import Config, checked
 from memdec.decoders.reading.retrieval import RetrievalPackage
+from memdec.decoders.reading.shared_tensors import completed
 from memdec.decoders.reading.tokenizer import first_line, load_copied, load_tokenizer, require_same_token_map, token_map_hash, trusted
 from memdec.decoders.reading.weights import CONFIG, check_weights, fingerprint_model, scan
 from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry, NgramEntry, Served
@@ -105,7 +106,7 @@ def with_ngrams(models: Models, values: Iterable[str]) -> Models:
         tokenizer = load_tokenizer(models.base)
         token_hash = token_map_hash(tokenizer)
         try:
-            package = open_or_index(Path(path).resolve(), tokenizer, cache_folder(), name).path
+            package = open_or_index(Path(path).resolve(), tokenizer, cache_folder("ngrams"), name).path
             ngrams = open_ngrams(package, lambda: fingerprint_model(models.base), token_hash)
         except DecoderError as error:
             raise StartupError(f"--ngram {name}: {error}") from None
@@ -113,9 +114,9 @@ def with_ngrams(models: Models, values: Iterable[str]) -> Models:
     return replace(models, domains=domains)
 
 
-def cache_folder() -> Path:
-    """Where indexes of folders of text are kept: `memdec/ngrams` in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memdec" / "ngrams"
+def cache_folder(kind: str) -> Path:
+    """Where indexes of folders of text (`ngrams`), and complete decoders, are kept: `memdec/KIND` in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memdec" / kind
 
 
 def open_ngrams(path: Path, base: Callable[[], str], token_hash: str) -> Ngrams:
@@ -149,7 +150,9 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None, 
         scan(folder, quantised="quantization_config" in config)
     tokenizer = load_tokenizer(folder)
     token_hash = token_map_hash(tokenizer)
-    opened = [(name, open_decoder(name, resolve(path, beside), lambda: fingerprint_model(folder), tokenizer)) for name, path in decoders]
+    opened = [
+        (name, open_decoder(name, resolve(path, beside), folder, lambda: fingerprint_model(folder), tokenizer)) for name, path in decoders
+    ]
     limits = [positions(folder), *(positions(package.path) for _, package in opened)]
     require_one_shape(opened)
     domains = tuple(domain_of(name, package, token_hash) for name, package in opened)
@@ -159,18 +162,24 @@ def _check(base: str, decoders: list[tuple[str, str]], served_name: str | None, 
 
 
 def open_decoder(
-    name: str, path: Path, base: Callable[[], str], tokenizer: PreTrainedTokenizerBase, within: Sequence[Path] = (), most: int | None = None
+    name: str,
+    path: Path,
+    base: Path,
+    revision: Callable[[], str],
+    tokenizer: PreTrainedTokenizerBase,
+    within: Sequence[Path] = (),
+    most: int | None = None,
 ) -> Package:
     """A decoder's folder, with everything checked that can be without the other decoders. Raises StartupError or DecoderError.
 
-    `base` says the base's revision, `tokenizer` is the base's. `within`: each file must lie in one of these folders; empty: anywhere.
+    A package that shares tensors with the base is completed in the cache. `revision` says the base's, `tokenizer` is the base's. `within`: each file must lie in one of these folders; empty: anywhere.
     `most`: largest size of its weights, in bytes.
     """
-    package = Package.read(path, within, most).beside(base)
+    package = Package.read(path, within, most)
     require_room(package, tokenizer, name)
     # A package records the hash of its own map; comparing the maps themselves also covers plain checkpoints.
     require_same_token_map(tokenizer, load_copied(package.path, within), f"decoder {name}")
-    return package
+    return completed(package, base, cache_folder("decoders"), within).beside(revision)
 
 
 def domain_of(name: str, package: Package, token_hash: str) -> Domain:

@@ -9,7 +9,7 @@ from typing import Any
 from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.files import MOST_JSON, parse_json, read_bytes, read_json, shown
 from memdec.decoders.reading.names import RECORD
-from memdec.decoders.reading.record import FORMAT, Config, Record, checked
+from memdec.decoders.reading.record import FORMAT, SHARING, Config, Record, checked
 from memdec.decoders.reading.weights import CONFIG, Scanned, check_weights, fingerprint_model, revision_of, scan
 
 
@@ -85,6 +85,9 @@ def read_record(path: Path, within: Sequence[Path] = ()) -> Record | None:
     if not os.path.lexists(path / RECORD):
         return None
     fields = read_json(path / RECORD, within)
-    if fields.get("format") != FORMAT:
-        raise PackageError(f"{path / RECORD}: format is {shown(fields.get('format'))}, this version reads {FORMAT}")
-    return checked(Record, fields, path / RECORD)
+    if fields.get("format") not in (FORMAT, SHARING):
+        raise PackageError(f"{path / RECORD}: format is {shown(fields.get('format'))}, this version reads {FORMAT} and {SHARING}")
+    record = checked(Record, fields, path / RECORD)
+    if record.shared and record.format != SHARING:
+        raise PackageError(f"{path / RECORD}: shared is of format {SHARING}, format is {record.format}")
+    return record

@@ -11,6 +11,7 @@ from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.files import shown
 
 FORMAT = 1
+SHARING = 2  # format of a package that leaves out tensors which its base has
 DEFAULT_LAMBDA = 0.6  # the paper's v1, table 7: best or near it for most models
 LARGEST = 1 << 31  # above every dimension of a model and every number of measured tokens
 
@@ -49,6 +50,7 @@ Positive = Annotated[float, wants(lambda v: _number(v, 0, 1e300), "a finite numb
 Count = Annotated[int, wants(_count, f"a whole number from 1 to {LARGEST - 1:,}")]
 Text = Annotated[str, wants(lambda v: isinstance(v, str) and 0 < len(v) <= 200, "a text of 1 to 200 characters")]
 Hash = Annotated[str, wants(lambda v: isinstance(v, str) and 0 < len(v) <= 64 and v.isalnum(), "a hash")]
+Digest = Annotated[str, wants(lambda v: isinstance(v, str) and len(v) == 64 and v.isalnum(), "a SHA-256 of 64 digits")]
 
 
 class Strict(BaseModel):
@@ -75,10 +77,19 @@ class Figures(Strict):
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
+class SharedTensor(Strict):
+    """A tensor that a package leaves out, since its base has it."""
+
+    tensor: Text
+    """Its name in the base."""
+    sha256: Digest
+    """SHA-256 of its type, shape and bytes."""
+
+
 class Record(Strict):
     """memory_decoder.json."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     domain: Text | None = None
     """Name given in training; None for a plain checkpoint."""
     lam: Lambda = Field(default=DEFAULT_LAMBDA, alias="lambda")
@@ -86,6 +97,8 @@ class Record(Strict):
     """Hash of the token -> id map it was trained with."""
     bases: Annotated[dict[Hash, Annotated[Figures, wants(_dict, "an object")]], wants(_dict, "an object of objects")] = {}
     """Fingerprint of a base -> what was measured beside it."""
+    shared: Annotated[dict[Text, Annotated[SharedTensor, wants(_dict, "an object")]], wants(_dict, "an object of objects")] = {}
+    """Name of a tensor -> where the base has it; of format SHARING alone."""
     training: Annotated[dict[str, Any], wants(_dict, "an object")] = {}
     """What it was made from, for people: nothing here is used."""
 
@@ -136,7 +149,7 @@ class FileRecord(Strict):
     """Size and hash of one file."""
 
     bytes: Annotated[int, wants(lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62, "a number of bytes")]
-    sha256: Annotated[str, wants(lambda v: isinstance(v, str) and len(v) == 64 and v.isalnum(), "a SHA-256 of 64 digits")]
+    sha256: Digest
 
 
 def _inside(name: Any) -> bool:
@@ -178,7 +191,7 @@ def checked(kind: type[Kind], value: dict[str, Any], name: object) -> Kind:
     raise PackageError(f"{name}: {key} is {shown(first['input'])}, wanted {first['msg'].removeprefix('Input should be ')}")
 
 
-PARTS: dict[str, type[BaseModel]] = {"bases": Figures, "knn": KnnRecord, "rag": RagRecord, "files": FileRecord}
+PARTS: dict[str, type[BaseModel]] = {"bases": Figures, "shared": SharedTensor, "knn": KnnRecord, "rag": RagRecord, "files": FileRecord}
 
 
 def _keys(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:

@@ -71,7 +71,7 @@ class DomainUpdates:
     def __init__(self, engine: Engine, models: Models, options: UpdateOptions) -> None:
         self.engine, self.options = engine, options
         self.tokenizer = load_tokenizer(models.base)
-        self.base_revision = fingerprint_model(models.base)
+        self.base, self.base_revision = models.base, fingerprint_model(models.base)
         first = next((d for d in models.domains if d.decoder), None)
         self.reference = (first.name, Package.read(Path(first.path))) if first is not None else None
         self.token_hash = models.domains.all[0].tokenizer
@@ -168,7 +168,7 @@ class DomainUpdates:
                 f"No {NGRAMS} in it: this server has no decoder, whose shape others would share, and takes n-gram memories alone."
             )
         most = LARGER * self.reference[1].size + (64 << 20)
-        package = open_decoder(name, folder, lambda: self.base_revision, self.tokenizer, self.options.roots, most)
+        package = open_decoder(name, folder, self.base, lambda: self.base_revision, self.tokenizer, self.options.roots, most)
         require_one_shape([self.reference, (name, package)])
         return CheckedMemory(DECODER, domain_of(name, package, self.token_hash), "stage_decoder", package.weights.digests)
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from memdec.decoders.corpus import Corpus
 from memdec.decoders.curve import VALIDATED, Curve, write_validation
 from memdec.decoders.datastore import PIECE, write_datastore
 from memdec.decoders.decoder import Run, write_control, write_decoder, write_mixed
-from memdec.decoders.knn_targets import KEPT, TUNED_ON, write_targets
+from memdec.decoders.knn_targets import KEPT, TUNED_ON, Kind, write_targets
 from memdec.decoders.manifest import Manifest, alone, fingerprint, is_fresh, read_manifest, refuse_foreign
 from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned, write_near_duplicates
+from memdec.decoders.ngram_package import NgramOptions, NgramPackage, refuse_updated
 from memdec.decoders.package import write_package
 from memdec.decoders.perplexity import measure, table
 from memdec.decoders.pretrain import DECODER, Shape
@@ -32,6 +34,8 @@ from memdec.decoders.teacher import write_student, write_tuned
 from memdec.decoders.tokens import load_tokens, write_tokens
 
 DEFAULTS = BuildOptions()
+TOKENS_ALONE = BuildOptions(no_ngram=True)  # of a build that stops after its tokens
+NOT_THE_DECODERS = ("licence", "no_ngram", "with_sources")  # options that change nothing in the decoder
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Build:
     base: Path
     """The base that the decoder is built for, whose tokenizer it shares."""
     out: Path
-    """Folder that the package is written to."""
+    """Folder that the decoder's package is written to; the n-gram memory's is `ngrams`."""
     work: Path
     """Folder of the intermediate artifacts."""
     options: BuildOptions = DEFAULTS
@@ -55,11 +59,20 @@ class Build:
     init: Path | None = None
     """Pretrained model that the student starts from; None: fresh weights of `shape`."""
 
+    @property
+    def ngrams(self) -> Path:
+        """Where the n-gram memory's package goes: beside the decoder's, of which it is no part."""
+        return self.out.with_name(f"{self.out.name}.ngram")
+
     def check(self) -> None:
         """Raise OptionError or PackageError, one line, before anything is made."""
         if not DOMAIN.fullmatch(self.domain):
             raise OptionError(f"NAME {self.domain!r}: wanted {DOMAIN_RULE}")
-        refuse_foreign(self.out)
+        outs = (self.out,) if self.options.no_ngram else (self.out, self.ngrams)
+        for out in outs:
+            refuse_foreign(out)
+        if not self.options.no_ngram:
+            refuse_updated(self.ngrams)
         if self.work.exists() and not self.work.is_dir():
             raise OptionError(f"--work {self.work}: is not a folder")
         if self.init is None:
@@ -70,9 +83,9 @@ class Build:
         single = {"--init": self.init, "--teacher": self.teacher}
         models = {"--base": [self.base], "--beside": [*self.beside], **{flag: [path] for flag, path in single.items() if path}}
         kept = [(flag, p) for flag, folders in models.items() for p in folders] + [("--work", self.work), ("--corpus", self.corpus.root)]
-        for flag, path in kept:  # writing the package replaces all of --out
-            if self.out.resolve() in (path.resolve(), *path.resolve().parents):
-                raise OptionError(f"--out {self.out}: {flag} is in it and would be replaced; give a new folder")
+        for out, (flag, path) in product(outs, kept):  # writing a package replaces all of its folder
+            if out.resolve() in (path.resolve(), *path.resolve().parents):
+                raise OptionError(f"--out {out}: {flag} is in it and would be replaced; give a new folder")
         for flag, model in ((flag, model) for flag, folders in models.items() for model in folders):
             if not model.is_dir():
                 raise OptionError(f"{flag} {model}: no such folder")
@@ -109,6 +122,10 @@ class Build:
         tokens = write_tokens(work / "tokens", Cleaned.open(self.corpus, cleaned), tokenizer, inputs)
         yield "tokens", tokens
 
+        if not self.options.no_ngram:
+            ngram = NgramOptions(self.options.with_sources, licence=self.options.licence)
+            yield "ngram", NgramPackage(self.domain, self.corpus, self.base, self.ngrams, cleaned, ngram).write(tokens)
+
         tokenized, decoder = fingerprint(inputs), work / "decoder"
         for name, path, made in self._retrieverless(tokens, tokenized) if self.options.loss != "knn" else self._imitated(tokens, tokenized):
             inputs = made
@@ -136,7 +153,10 @@ class Build:
             "kept": KEPT,
             "tuned_on": TUNED_ON,
         }
-        targets = write_targets(work / "knn_targets", store, teacher, tokens, options.neighbours, options.targets, inputs)
+        if options.ngram_targets:
+            inputs["ngrams"] = {"weight": options.ngram_targets, "memory": fingerprint(read_manifest(self.ngrams)["inputs"])}
+        kind = Kind(options.targets, options.neighbours, self.ngrams, options.ngram_targets)
+        targets = write_targets(work / "knn_targets", store, teacher, tokens, kind, inputs)
         yield "knn-targets", targets, inputs
 
         imitated = fingerprint(inputs)
@@ -213,7 +233,7 @@ class Build:
         seconds = {name: read_manifest(self.work / name)["seconds"] for name in self._made()}
         training = {
             "corpus": {"name": self.corpus.name, "fingerprint": text, "licence": self.options.licence},
-            "options": {name: value for name, value in asdict(self.options).items() if name != "licence"},
+            "options": {name: value for name, value in asdict(self.options).items() if name not in NOT_THE_DECODERS},
             "seconds": seconds,
             "versions": versions(),
         }

@@ -9,7 +9,7 @@ from memdec.decoders.train import Schedule
 LEAST_ENTRIES = 2_000  # more than the longest training window, 1,025 tokens with its last label
 LOSSES = ("knn", "mixture", "labels")
 MAY_BE_ZERO = ("seed", "teacher_tokens", "min_count", "validate_every")
-ONLY_KNN = ("teacher_tokens", "neighbours", "targets", "beta")  # without effect on a build with another loss
+ONLY_KNN = ("teacher_tokens", "neighbours", "targets", "beta", "ngram_targets")  # without effect on a build with another loss
 ONLY_INIT = ("init_layers", "learning_rate", "min_count")  # without effect on a student with fresh weights
 
 
@@ -28,6 +28,9 @@ class BuildOptions:
         default="knn-lm", metadata={"help": "what is imitated: knn-lm, neighbours and teacher mixed, or knn, the neighbours alone"}
     )
     beta: float = field(default=0.5, metadata={"help": "weight of the kNN term in the loss (paper, eq. 6)"})
+    ngram_targets: float = field(
+        default=0.0, metadata={"help": "weight in the targets of what the n-gram memory says, each position's own occurrence left out"}
+    )
     loss: str = field(
         default="knn",
         metadata={
@@ -43,18 +46,24 @@ class BuildOptions:
         default=0, metadata={"help": "the memory predicts only tokens that occur so often in the training text; 0: all (with --init)"}
     )
     validate_every: int = field(default=0, metadata={"help": "measure a learning curve on the validation split every so many tokens"})
+    no_ngram: bool = field(default=False, metadata={"help": "make no n-gram memory in passing; without, it goes to OUT.ngram"})
+    with_sources: bool = field(
+        default=False, metadata={"help": "let answers name the documents that the n-gram memory's continuations come from"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of weights and order"})
     licence: str = field(default="not stated", metadata={"help": "licence of the corpus's text, recorded in the package"})
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < (name not in MAY_BE_ZERO):
+            if isinstance(value, int) and not isinstance(value, bool) and value < (name not in MAY_BE_ZERO):
                 wanted = "0 or above" if name in MAY_BE_ZERO else "above 0"
                 raise OptionError(f"{flag(name)} {value}: wanted a whole number{', ' if name in MAY_BE_ZERO else ' '}{wanted}")
         if self.entries < LEAST_ENTRIES:
             raise OptionError(f"--entries {self.entries}: wanted at least {LEAST_ENTRIES:,}")
         if not 0 <= self.beta <= 1:
             raise OptionError(f"--beta {self.beta}: wanted a number from 0 to 1")
+        if not 0 <= self.ngram_targets <= 1:
+            raise OptionError(f"--ngram-targets {self.ngram_targets}: wanted a number from 0 to 1")
         if not 0 < self.mixture_lambda < 1:
             raise OptionError(f"--mixture-lambda {self.mixture_lambda}: wanted a number between 0 and 1")
         if not 0 < self.learning_rate <= 1:
@@ -66,6 +75,8 @@ class BuildOptions:
             self.refuse(ONLY_KNN, f"--loss {self.loss} has no datastore")
         if self.loss == "labels":
             self.refuse(("entries",), "--loss labels takes all of the training text")
+        if self.no_ngram:
+            self.refuse(("with_sources", "ngram_targets"), "--no-ngram makes no n-gram memory")
         if self.loss != "mixture":
             self.refuse(("mixture_lambda",), "only --loss mixture has it")
 
@@ -73,8 +84,9 @@ class BuildOptions:
         """Raise OptionError if one of these options, which would have no effect, isn't at its default."""
         defaults = {f.name: f.default for f in fields(self)}
         for name in names:
-            if getattr(self, name) != defaults[name]:
-                raise OptionError(f"{flag(name)} {getattr(self, name)}: would have no effect; {why}")
+            if (value := getattr(self, name)) != defaults[name]:
+                given = flag(name) if value is True else f"{flag(name)} {value}"
+                raise OptionError(f"{given}: would have no effect; {why}")
 
     def teacher_schedule(self) -> Schedule:
         """Schedule of the teacher: small batches, because in a short training more steps help more than less noisy gradients."""

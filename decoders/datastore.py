@@ -67,12 +67,15 @@ def write_datastore(out: Path, tokens: Path, teacher: Path, entries: int, manife
 
 def spread(ids: Ids, most: int) -> Ids:
     """At most `most` of the tokens `ids` [tokens]: pieces of PIECE tokens (of `most`, if that is less), spread evenly and in order."""
-    if len(ids) <= most:
-        return ids
-    pieces = max(1, most // PIECE)
+    return ids if len(ids) <= most else np.concatenate([ids[start:stop] for start, stop in pieces(len(ids), most)])
+
+
+def pieces(length: int, most: int) -> list[tuple[int, int]]:
+    """Where the pieces of `spread` begin and end in a text of `length` tokens."""
+    if length <= most:
+        return [(0, length)]
     size = min(PIECE, most)
-    starts = np.linspace(0, len(ids) - size, pieces).astype(np.int64)
-    return np.concatenate([ids[s : s + size] for s in starts])
+    return [(start, start + size) for start in np.linspace(0, length - size, max(1, most // PIECE)).astype(np.int64).tolist()]
 
 
 def windows(length: int) -> int:

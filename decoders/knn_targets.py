@@ -3,6 +3,8 @@
 Two kinds of target: ``knn``, the neighbours' distribution alone, as in the paper (eq. 2); ``knn-lm``, the whole kNN-LM,
 lambda * p_kNN + (1 - lambda) * p_teacher, which also covers tokens that no neighbour has.
 
+Either may have what an n-gram memory of the text says mixed in, its own occurrence left out (`memdec.decoders.ngram_targets`).
+
 k, tau and lambda are those with which the kNN-LM, mixed into the teacher, has the lowest perplexity on the validation split. A query's own
 entry is dropped by its number, wherever it ranks. Rows are sparse: the KEPT most probable tokens and their probabilities, most probable
 first; the rest of the probability belongs to the tokens that the row doesn't list.
@@ -10,6 +12,7 @@ first; the rest of the probability belongs to the tokens that the row doesn't li
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,12 @@ import torch
 
 from memdec.decoders import parallel
 from memdec.decoders.arrays import fill_array
+from memdec.decoders.datastore import pieces
 from memdec.decoders.head import Head
 from memdec.decoders.knn_lm import Tuned, add_up, token_masses, tune
 from memdec.decoders.manifest import Bookmark, Manifest, stage, write_whole
 from memdec.decoders.models import load_model
+from memdec.decoders.ngram_targets import LeftOut
 from memdec.decoders.perplexity import score, scored, windows
 from memdec.decoders.reading.array_types import Floats, Ids, Keys, Numbers
 from memdec.decoders.reading.datastore import Datastore
@@ -33,17 +38,32 @@ TUNED_ON = 64  # validation windows, of 256 scored tokens each, on which k, tau 
 BATCH = 8192  # queries at a time
 
 
-def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int, kind: str, manifest: Manifest) -> Path:
-    """Write the targets, ids.npy (dtype of the tokens) and probs.npy (float16), both [entries, KEPT], and tuned.json: k, tau and lambda.
+@dataclass(frozen=True)
+class Kind:
+    """What the targets are made of."""
 
-    `most`: largest k tried. `kind`: one of KINDS.
-    """
+    name: str
+    """One of KINDS."""
+    most: int
+    """Largest k tried."""
+    ngrams: Path
+    """Package of the text's n-gram memory; read only if it has a weight."""
+    weight: float = 0.0
+    """Of the n-gram memory."""
+
+    def left_out(self) -> LeftOut | None:
+        """What the n-gram memory says, if it has a weight."""
+        return LeftOut.open(self.ngrams, KEPT) if self.weight else None
+
+
+def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, kind: Kind, manifest: Manifest) -> Path:
+    """Write the targets, ids.npy (dtype of the tokens) and probs.npy (float16), both [entries, KEPT], and tuned.json: k, tau and lambda."""
     with stage(out, manifest) as folder:
         if folder is None:
             return out
         datastore = Datastore.open(store)
         if parallel.rank() == 0 and not (folder / "tuned.json").is_file():
-            tuned = tune_beside_teacher(datastore, teacher, load_tokens(tokens, "valid"), most)
+            tuned = tune_beside_teacher(datastore, teacher, load_tokens(tokens, "valid"), kind.most)
             write_whole(folder / "tuned.json", json.dumps(tuned.to_dict(), indent=1) + "\n")
         parallel.barrier()
         chosen = json.loads((folder / "tuned.json").read_text())
@@ -53,7 +73,8 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
             fill_array(folder / "probs.npy", np.float16, shape)
         parallel.barrier()
         ids, probs = fill_array(folder / "ids.npy", datastore.values.dtype, shape), fill_array(folder / "probs.npy", np.float16, shape)
-        head = Head.of(load_model(teacher)) if kind == "knn-lm" else None
+        head, ngrams = Head.of(load_model(teacher)) if kind.name == "knn-lm" else None, kind.left_out()
+        places = places_of(len(load_tokens(tokens, "train")), shape[0])
         mark = Bookmark(folder, "rows")
         begin, end = parallel.share(shape[0], BATCH)
         for start, distances, numbers in search_own(datastore, chosen["neighbours"], mark.place.get("rows", begin), end):
@@ -61,6 +82,8 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
             rows = token_masses(distances, datastore.values[numbers], chosen["tau"])
             if head is not None:
                 rows = beside_teacher(*rows, chosen["lam"], datastore.keys[part], head)
+            if ngrams is not None:
+                rows = ngrams.beside(*rows, places[part], kind.weight)
             ids[part], probs[part] = sparse_rows(*rows)
             if mark.due:
                 ids.flush()
@@ -70,6 +93,12 @@ def write_targets(out: Path, store: Path, teacher: Path, tokens: Path, most: int
         probs.flush()
         mark.move(rows=end)
     return out
+
+
+def places_of(length: int, entries: int) -> Numbers:
+    """Where the datastore's entries are in a training text of `length` tokens, [entries]."""
+    places: Numbers = np.concatenate([np.arange(start, stop) for start, stop in pieces(length, entries + 1)])
+    return places[:entries]
 
 
 def tune_beside_teacher(store: Datastore, folder: Path, valid: Ids, most: int) -> Tuned:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from memdec.decoders.manifest import stage
-from memdec.decoders.ngram_build import CARD, model_card
+from memdec.decoders.ngram_package import CARD, model_card
 from memdec.decoders.reading.errors import CorpusError, OptionError
 from memdec.decoders.reading.ngram import NgramMemory, read_documents
 from memdec.decoders.reading.ngram_folder import documents_in, tokenize, vocabulary_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from memdec.decoders import parallel
-from memdec.decoders.build import Build
+from memdec.decoders.build import TOKENS_ALONE, Build
 from memdec.decoders.build_options import LEAST_ENTRIES
 from memdec.decoders.corpus import Corpus
 from memdec.decoders.datastore import PIECE, spread, write_datastore, write_index
@@ -61,7 +61,7 @@ class RetrievalBuild:
     def run(self) -> Path:
         """Make every artifact that isn't fresh; returns the retrieval folder. Raises DecoderError, one line."""
         # The checks, and the first two stages, are those of a decoder's build.
-        tokens = Build(self.domain, self.corpus, self.base, self.out, self.work).run("tokens")
+        tokens = Build(self.domain, self.corpus, self.base, self.out, self.work, TOKENS_ALONE).run("tokens")
         with alone(self.work):
             made_from = fingerprint(read_manifest(tokens)["inputs"])
             inputs: Manifest = {"tokens": made_from, "base": fingerprint_model(self.base), "entries": self.options.entries, "pieces": PIECE}

@@ -75,7 +75,8 @@ def _build(args: argparse.Namespace) -> int:
     made = build.run("package" if args.command == "build" else args.command)
     if parallel.rank() == 0:
         whole = args.command in ("build", "package")
-        print(f"memdec serve {args.base} --decoder {args.name}={made}" if whole else made)
+        ngram = "" if options.no_ngram else f" --ngram {args.name}={build.ngrams}"
+        print(f"memdec serve {args.base} --decoder {args.name}={made}{ngram}" if whole else made)
     return 0
 
 
@@ -103,7 +104,8 @@ def _retrieval(args: argparse.Namespace) -> int:
 def _ngram(args: argparse.Namespace) -> int:
     from memdec.decoders import ngram_update
     from memdec.decoders.corpus import Corpus
-    from memdec.decoders.ngram_build import NgramBuild, NgramOptions
+    from memdec.decoders.ngram_build import NgramBuild
+    from memdec.decoders.ngram_package import NgramOptions
     from memdec.decoders.reading.tokenizer import load_tokenizer
 
     out, work = _folders(args)
@@ -121,7 +123,7 @@ def _ngram(args: argparse.Namespace) -> int:
 
 def _refuse_idle(args: argparse.Namespace) -> None:
     """Raise OptionError for options of `memdec ngram` that are missing, or would have no effect beside --append or --remove."""
-    from memdec.decoders.ngram_build import NgramOptions
+    from memdec.decoders.ngram_package import NgramOptions
 
     if not args.remove and not (args.corpus and args.base):
         raise OptionError(f"{'--base' if args.corpus else '--corpus'}: is missing; only --remove needs neither --corpus nor --base")
@@ -230,7 +232,7 @@ def _add_retrieval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ngram(parser: argparse.ArgumentParser) -> None:
-    from memdec.decoders.ngram_build import NgramOptions
+    from memdec.decoders.ngram_package import NgramOptions
 
     _add_source(parser, required=False)
     changes = parser.add_mutually_exclusive_group()

@@ -35,10 +35,7 @@ SHARD_TOKENS = 1 << 26  # at most in a shard, unless one document has more: buil
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """The vocabulary that an n-gram memory of this tokenizer has. Raises PackageError if it has no token for a document's end."""
-    end = end_of_document(tokenizer)
-    if end is None:
-        raise PackageError(f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, which separates documents")
-    return Vocabulary(max(tokenizer.get_vocab().values()) + 1, token_map_hash(tokenizer), end)
+    return Vocabulary(max(tokenizer.get_vocab().values()) + 1, token_map_hash(tokenizer), end_of_document(tokenizer))
 
 
 def documents_in(folder: Path) -> Iterator[Document]:

@@ -38,9 +38,14 @@ def load_tokenizer(folder: Path | str, name: Path | str | None = None) -> PreTra
     return loaded
 
 
-def end_of_document(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token that ends a document: END_OF_TEXT where the tokenizer has it, since a chat model's own end token ends a turn."""
+def end_of_document(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that ends a document: END_OF_TEXT where the tokenizer has it, since a chat model's own end token ends a turn.
+
+    Raises PackageError if the tokenizer has no such token.
+    """
     end: int | None = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+    if end is None:
+        raise PackageError(f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, which separates documents")
     return end
 
 

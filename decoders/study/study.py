@@ -65,7 +65,8 @@ class Study:
         return next(iter(self.plan.bases.values())).path
 
     def _build(self, domain: Domain) -> Build:
-        return Build(domain.name, Corpus.open(domain.corpus), self._first, domain.work / "package", domain.work, domain.options)
+        options = replace(domain.options, no_ngram=not domain.options.ngram_targets)
+        return Build(domain.name, Corpus.open(domain.corpus), self._first, domain.work / "package", domain.work, options)
 
     def _general(self) -> Path:
         corpus, tokenizer = Corpus.open(self.plan.general), load_tokenizer(self._first)

@@ -119,10 +119,12 @@ def test_killed_in_every_stage_it_goes_on_to_the_same_artifacts(built: Path, cor
     assert "going on where an earlier run stopped" in log.read() + done.stdout
     assert artifacts(tmp_path / "out.work") == artifacts(built.with_name("tiny.work"))
     assert artifacts(tmp_path / "out")["model.safetensors"] == artifacts(built)["model.safetensors"]
+    assert artifacts(tmp_path / "out.ngram") == artifacts(built.with_name("tiny.ngram"))
     assert not list(tmp_path.rglob(".*"))
 
 
 STARTED = [
+    "--no-ngram",
     "--loss",
     "mixture",
     "--init-layers",
@@ -142,6 +144,7 @@ def test_from_a_pretrained_model_for_the_mixture(corpus: Path, toys: Path, tmp_p
     """The base's own layers, its embeddings as they are, a vocabulary of its own; killed in its stages it ends with the same artifacts."""
     started = [*STARTED, "--init", str(toys / "base"), "--entries", "4000"]
     assert main(["build", "tiny", "--corpus", str(corpus), "--base", str(toys / "base"), "--out", str(tmp_path / "a"), *started]) == 0
+    assert not (tmp_path / "a.ngram").exists()
     package = Package.open(tmp_path / "a", toys / "base")
     assert package.perplexity["mixture"] <= package.perplexity["base"] * 1.001
     assert 0 < package.perplexity["covered"] < 1
@@ -286,6 +289,12 @@ def test_options_and_bases_that_cannot_work(toys: Path, corpus: Path, tmp_path: 
     arguments = ["build", "x", "--corpus", str(corpus), "--out", str(tmp_path / "out"), "--base"]
     assert main(["build", "a b/c", *arguments[2:], str(toys / "base")]) == 1
     assert "NAME 'a b/c': wanted" in capsys.readouterr().err
+    assert main([*arguments, str(toys / "base"), "--no-ngram", "--with-sources"]) == 1
+    assert "--with-sources: would have no effect" in capsys.readouterr().err
+    assert main([*arguments, str(toys / "base"), "--no-ngram", "--ngram-targets", "0.3"]) == 1
+    assert "--ngram-targets 0.3: would have no effect; --no-ngram" in capsys.readouterr().err
+    assert main([*arguments, str(toys / "base"), "--ngram-targets", "nan"]) == 1
+    assert "--ngram-targets nan: wanted" in capsys.readouterr().err
     assert main([*arguments, str(toys / "base"), "--beta", "1.5"]) == 1
     assert "--beta 1.5: wanted" in capsys.readouterr().err
     assert main([*arguments, str(toys / "base"), "--targets", "bm25"]) == 1

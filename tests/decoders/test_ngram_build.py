@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ import pytest
 from ngrams import Reference, make_memory
 
 from memdec.cli import _parser, main
-from memdec.decoders.reading.errors import CorpusError, DecoderError, ManifestError, PackageError
+from memdec.decoders.build import Build
+from memdec.decoders.build_options import BuildOptions
+from memdec.decoders.corpus import Corpus
+from memdec.decoders.reading.errors import CorpusError, DecoderError, ManifestError, OptionError, PackageError
 from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.ngram_folder import LAMBDAS, index_folder, open_or_index, vocabulary_of
 from memdec.decoders.reading.ngram_index import Vocabulary
@@ -144,6 +148,32 @@ def test_a_changed_package_is_not_built_over(
     assert main(["ngram", "code", "--out", str(out), "--remove", name]) == 0
     assert main(["ngram", "code", "--out", str(out), "--corpus", str(corpus), "--base", str(toys / "base")]) == 1
     assert "added or removed" in capsys.readouterr().err
+
+
+def test_a_build_makes_one_in_passing(corpus: Path, toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the decoder's package, the one that the command makes of the same tokens, to the byte; a changed one is not built over."""
+    base, text = toys / "base", Corpus.open(str(corpus))
+    build = Build("code", text, base, tmp_path / "out", tmp_path / "work", BuildOptions(with_sources=True, licence="PSF"))
+    assert build.run("ngram") == tmp_path / "out.ngram"
+    words = ["ngram", "code", "--corpus", str(corpus), "--base", str(base), "--work", str(tmp_path / "work"), "--licence", "PSF"]
+    assert main([*words, "--out", str(tmp_path / "own"), "--with-sources"]) == 0
+    assert {f.relative_to(tmp_path / "own"): f.read_bytes() for f in files_of(tmp_path / "own")} == {
+        f.relative_to(tmp_path / "out.ngram"): f.read_bytes() for f in files_of(tmp_path / "out.ngram")
+    }
+    assert replace(build, options=BuildOptions(no_ngram=True), out=tmp_path / "bare").run("tokens") == tmp_path / "work" / "tokens"
+    assert not list(tmp_path.glob("bare*"))
+
+    (document, _), *_ = rows_of(NgramMemory.open(tmp_path / "out.ngram"))
+    assert main(["ngram", "code", "--out", str(tmp_path / "out.ngram"), "--remove", document]) == 0
+    revision = NgramMemory.open(tmp_path / "out.ngram").revision
+    with pytest.raises(OptionError, match=r"out\.ngram: documents were added or removed there"):
+        build.run("ngram")
+    assert NgramMemory.open(tmp_path / "out.ngram").revision == revision
+
+
+def files_of(folder: Path) -> list[Path]:
+    """A package's files, but for the record of seconds."""
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
 
 
 def test_a_folder_is_indexed_once(corpus: Path, toys: Path, tmp_path: Path) -> None:

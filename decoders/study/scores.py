@@ -107,83 +107,109 @@ def write_scores(out: Path, tokens: Path, general: Path, models: Models, budget:
     with stage(out, manifest) as folder:
         if folder is None:
             return out
-        valid = Heldout.open(tokens, "valid", budget.valid_windows)
-        test = Heldout.open(tokens, "test", budget.test_windows)
-        other = Heldout.open(general, "test", budget.general_windows)
-        splits = {"valid": valid, "test": test, "general": other}
-        figures: dict[str, Any] = {"bytes": {}, "tuned": {}, "recall": {}, "store": {}}
-        rows: dict[str, dict[str, Floats]] = {name: {} for name in splits}
+        valid, test = Heldout.open(tokens, "valid", budget.valid_windows), Heldout.open(tokens, "test", budget.test_windows)
+        scores = Scores(models, {"valid": valid, "test": test, "general": Heldout.open(general, "test", budget.general_windows)})
         for method, store, keyed in models.retrievers():
-            _score_knn(method, Datastore.open(store), keyed, models, splits, rows, figures)
-        if "base" not in rows["valid"]:
-            alone = load_model(models.base)
-            for name, part in splits.items():
-                rows[name]["base"] = label_logprobs(alone, part.ids, f"base {name}", part.starts)
-        base = rows["valid"]["base"]
+            scores.add_knn(method, Datastore.open(store), keyed)
+        scores.add_base()
         for method, tuned in (("dapt", models.dapt), ("lora", models.lora)):
-            if tuned is None:
-                continue
-            model = load_model(tuned)
-            for name, part in splits.items():
-                rows[name][method] = label_logprobs(model, part.ids, f"{method} {name}", part.starts)
-            figures["bytes"][method] = weight_bytes(models.base)
-        for method, folder_of in (("decoder", models.decoder), ("control", models.control)):
-            if folder_of is None:
-                continue
-            memory = load_model(folder_of)
-            own = {name: label_logprobs(memory, part.ids, f"{method} {name}", part.starts) for name, part in splits.items()}
-            lam = best_lambda(base, own["valid"])
-            for name in splits:
-                rows[name][method] = mix(rows[name]["base"], own[name], lam)
-            figures["tuned"][method] = {"lambda": lam, "alone": round(perplexity(own["test"]), 3)}
-            figures["bytes"][method] = weight_bytes(models.base) + weight_bytes(folder_of)
+            if tuned is not None:
+                scores.add_tuned(method, tuned)
+        for method, memory in (("decoder", models.decoder), ("control", models.control)):
+            if memory is not None:
+                scores.add_memory(method, memory)
         if models.rag:
-            _score_rag(models, tokens, valid, test, other, budget, rows, figures)
-        figures["bytes"]["base"] = weight_bytes(models.base)
-        for name, split in (("scores.npz", "test"), ("general.npz", "general")):
-            scores: dict[str, Any] = dict(rows[split])
-            np.savez(folder / name, **scores)
-        ends = load_ends(tokens, "test")
-        counts = np.bincount(load_tokens(tokens, "train"), minlength=int(np.asarray(test.ids).max()) + 1)
-        np.savez(folder / "tokens.npz", labels=test.labels, documents=np.searchsorted(ends, scored(test.starts), "right"), counts=counts)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+            scores.add_rag(load_tokens(tokens, "train"), budget.rag_tuning_windows)
+        scores.figures["bytes"]["base"] = weight_bytes(models.base)
+        scores.write(folder, tokens)
     return out
 
 
-def _score_knn(
-    method: str,
-    store: Datastore,
-    keyed: Path,
-    models: Models,
-    splits: dict[str, Heldout],
-    rows: dict[str, dict[str, Floats]],
-    figures: dict[str, Any],
-) -> None:
-    """Score the kNN-LM beside the base, its queries embedded by the model at `keyed`; also scores the base, if that is not done yet."""
-    model, most = load_model(keyed), min(max(NEIGHBOURS), len(store.keys))
-    neighbours: dict[str, tuple[Any, Any, Any]] = {}
-    for name, part in splits.items():
-        logprobs, queries = score(model, part.ids, f"{method} {name}", part.starts, keys=True)
-        if "base" not in rows[name]:
-            own = keyed == models.base
-            rows[name]["base"] = logprobs if own else label_logprobs(load_model(models.base), part.ids, f"base {name}", part.starts)
-        distances, numbers = store.search(queries, most, PROBED)
-        neighbours[name] = distances, numbers, store.values[numbers] == part.labels[:, None]
-        if name == "test":
-            figures["recall"][method] = _recall(store, queries[:CHECKED], numbers[:CHECKED])
-    base = {name: np.exp(rows[name]["base"]) for name in splits}
-    best = tune(neighbours["valid"][0], neighbours["valid"][2], base["valid"], NEIGHBOURS)
-    for name, (distances, _, hits) in neighbours.items():
-        rows[name][method] = best.logprobs(distances, hits, base[name])
-    figures["tuned"][method] = {k: v for k, v in best.to_dict().items() if k != "tried"}
-    per_entry = 2 * store.keys.shape[1] + store.values.dtype.itemsize + store.keys.shape[1] / 16 + 8
-    extra = 0 if keyed == models.base else weight_bytes(keyed)
-    figures["bytes"][method] = weight_bytes(models.base) + extra + int(len(store.keys) * per_entry)
-    figures["store"][method] = {
-        "entries": len(store.keys),
-        "bytes": int(len(store.keys) * per_entry),
-        "smaller": list(_smaller_stores(neighbours, base, len(store.keys), per_entry)),
-    }
+class Scores:
+    """Log-probabilities and figures of the methods that have been scored so far."""
+
+    def __init__(self, models: Models, splits: dict[str, Heldout]) -> None:
+        self.models, self.splits = models, splits
+        self.rows: dict[str, dict[str, Floats]] = {name: {} for name in splits}
+        """Split -> method -> log-probabilities of the split's scored tokens, [n]."""
+        self.figures: dict[str, Any] = {"bytes": {}, "tuned": {}, "recall": {}, "store": {}}
+        """Figure -> method -> its value."""
+
+    def add_base(self) -> None:
+        """Score the base, unless a kNN-LM has scored it already."""
+        if "base" not in self.rows["valid"]:
+            for name, logprobs in self._logprobs("base", self.models.base).items():
+                self.rows[name]["base"] = logprobs
+
+    def add_tuned(self, method: str, folder: Path) -> None:
+        """Score a fine-tuned base, alone."""
+        for name, logprobs in self._logprobs(method, folder).items():
+            self.rows[name][method] = logprobs
+        self.figures["bytes"][method] = weight_bytes(self.models.base)
+
+    def add_memory(self, method: str, folder: Path) -> None:
+        """Score a decoder's mixture with the base, its lambda tuned."""
+        own = self._logprobs(method, folder)
+        lam = best_lambda(self.rows["valid"]["base"], own["valid"])
+        for name in self.splits:
+            self.rows[name][method] = mix(self.rows[name]["base"], own[name], lam)
+        self.figures["tuned"][method] = {"lambda": lam, "alone": round(perplexity(own["test"]), 3)}
+        self.figures["bytes"][method] = weight_bytes(self.models.base) + weight_bytes(folder)
+
+    def add_knn(self, method: str, store: Datastore, keyed: Path) -> None:
+        """Score the kNN-LM beside the base, its queries embedded by the model at `keyed`; also the base, if it isn't scored yet."""
+        model, most = load_model(keyed), min(max(NEIGHBOURS), len(store.keys))
+        neighbours: dict[str, tuple[Any, Any, Any]] = {}
+        for name, part in self.splits.items():
+            logprobs, queries = score(model, part.ids, f"{method} {name}", part.starts, keys=True)
+            if "base" not in self.rows[name]:
+                own, base = keyed == self.models.base, self.models.base
+                self.rows[name]["base"] = logprobs if own else label_logprobs(load_model(base), part.ids, f"base {name}", part.starts)
+            distances, numbers = store.search(queries, most, PROBED)
+            neighbours[name] = distances, numbers, store.values[numbers] == part.labels[:, None]
+            if name == "test":
+                self.figures["recall"][method] = _recall(store, queries[:CHECKED], numbers[:CHECKED])
+        self._add_neighbours(method, store, neighbours, 0 if keyed == self.models.base else weight_bytes(keyed))
+
+    def _add_neighbours(self, method: str, store: Datastore, neighbours: dict[str, tuple[Any, Any, Any]], extra: int) -> None:
+        """Tune and score a kNN-LM: split -> distances, numbers and hits of its neighbours; `extra`: bytes of the model that embeds queries."""
+        base = {name: np.exp(self.rows[name]["base"]) for name in self.splits}
+        best = tune(neighbours["valid"][0], neighbours["valid"][2], base["valid"], NEIGHBOURS)
+        for name, (distances, _, hits) in neighbours.items():
+            self.rows[name][method] = best.logprobs(distances, hits, base[name])
+        self.figures["tuned"][method] = {k: v for k, v in best.to_dict().items() if k != "tried"}
+        per_entry = 2 * store.keys.shape[1] + store.values.dtype.itemsize + store.keys.shape[1] / 16 + 8
+        size = int(len(store.keys) * per_entry)
+        self.figures["bytes"][method] = weight_bytes(self.models.base) + extra + size
+        smaller = list(_smaller_stores(neighbours, base, len(store.keys), per_entry))
+        self.figures["store"][method] = {"entries": len(store.keys), "bytes": size, "smaller": smaller}
+
+    def add_rag(self, train: Ids, most: int) -> None:
+        """Tune RAG over the training text `train` [tokens] on at most `most` validation windows, then score it."""
+        base, tokenizer, valid = load_model(self.models.base), load_tokenizer(self.models.base), self.splits["valid"]
+        few = [valid.starts[i] for i in np.linspace(0, len(valid.starts) - 1, min(most, len(valid.starts))).astype(int)]
+        how, tried = tune_retrieval(base, train, valid.ids, few, tokenizer)
+        passages = Passages.build(train, tokenizer, how.passage)
+        for name in ("test", "general"):
+            part = self.splits[name]
+            self.rows[name]["rag"] = rag_logprobs(base, passages, part.ids, part.starts, how, f"rag {name}")
+        self.figures["tuned"]["rag"] = {**how.to_dict(), "tried": tried}
+        self.figures["bytes"]["rag"] = weight_bytes(self.models.base) + passages.size
+
+    def write(self, folder: Path, tokens: Path) -> None:
+        """Write the artifact's files, and tokens.npz: label and document of each scored test token, and the training text's token counts."""
+        for name, split in (("scores.npz", "test"), ("general.npz", "general")):
+            scores: dict[str, Any] = dict(self.rows[split])
+            np.savez(folder / name, **scores)
+        ends, test = load_ends(tokens, "test"), self.splits["test"]
+        counts = np.bincount(load_tokens(tokens, "train"), minlength=int(np.asarray(test.ids).max()) + 1)
+        np.savez(folder / "tokens.npz", labels=test.labels, documents=np.searchsorted(ends, scored(test.starts), "right"), counts=counts)
+        (folder / "figures.json").write_text(json.dumps(self.figures, indent=1) + "\n")
+
+    def _logprobs(self, method: str, folder: Path) -> dict[str, Floats]:
+        """Split -> a model's log-probabilities of its scored tokens, [n]."""
+        model = load_model(folder)
+        return {name: label_logprobs(model, part.ids, f"{method} {name}", part.starts) for name, part in self.splits.items()}
 
 
 def _smaller_stores(neighbours: dict[str, Any], base: dict[str, Floats], entries: int, per_entry: float) -> Iterator[dict[str, float]]:
@@ -208,27 +234,6 @@ def _recall(store: Datastore, queries: NDArray[np.float32], numbers: NDArray[np.
     nearest = min(nearest, len(store.keys) - 1)
     true = np.argpartition(distances, nearest, 1)[:, :nearest]
     return round(float(np.mean([np.isin(t, n[:nearest]).mean() for t, n in zip(true, numbers, strict=True)])), 4)
-
-
-def _score_rag(
-    models: Models,
-    tokens: Path,
-    valid: Heldout,
-    test: Heldout,
-    other: Heldout,
-    budget: Budget,
-    rows: dict[str, dict[str, Floats]],
-    figures: dict[str, Any],
-) -> None:
-    """Tune RAG on some of the validation windows, then score it."""
-    base, tokenizer, train = load_model(models.base), load_tokenizer(models.base), load_tokens(tokens, "train")
-    few = [valid.starts[i] for i in np.linspace(0, len(valid.starts) - 1, min(budget.rag_tuning_windows, len(valid.starts))).astype(int)]
-    how, tried = tune_retrieval(base, train, valid.ids, few, tokenizer)
-    passages = Passages.build(train, tokenizer, how.passage)
-    for name, part in (("test", test), ("general", other)):
-        rows[name]["rag"] = rag_logprobs(base, passages, part.ids, part.starts, how, f"rag {name}")
-    figures["tuned"]["rag"] = {**how.to_dict(), "tried": tried}
-    figures["bytes"]["rag"] = weight_bytes(models.base) + passages.size
 
 
 def weight_bytes(folder: Path) -> int:

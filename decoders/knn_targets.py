@@ -40,7 +40,7 @@ BATCH = 8192  # queries at a time
 
 @dataclass(frozen=True)
 class Kind:
-    """What the targets are made of."""
+    """The kind of targets, and what goes into them."""
 
     name: str
     """One of KINDS."""
@@ -49,10 +49,10 @@ class Kind:
     ngrams: Path
     """Package of the text's n-gram memory; read only if it has a weight."""
     weight: float = 0.0
-    """Of the n-gram memory."""
+    """Weight of the n-gram memory's part; 0: without it."""
 
     def left_out(self) -> LeftOut | None:
-        """What the n-gram memory says, if it has a weight."""
+        """The n-gram memory's leave-one-out distributions; None without a weight."""
         return LeftOut.open(self.ngrams, KEPT) if self.weight else None
 
 

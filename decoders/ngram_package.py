@@ -59,19 +59,19 @@ class Tuned:
 
     order: int
     lambdas: list[float]
-    """By tokens of the longest match, from one on."""
+    """Lambda for a longest match of 1, 2, … tokens."""
     perplexity: dict[str, float]
 
 
 @dataclass(frozen=True)
 class NgramPackage:
-    """The n-gram memory of one domain, written from the tokens of a build: what `memdec ngram` and `memdec build` make alike."""
+    """Writes the n-gram memory of one domain from the tokens of a build, for `memdec ngram` and for `memdec build`."""
 
     domain: str
     corpus: Corpus
     base: Path
     out: Path
-    """Where the package goes."""
+    """Folder that the package is written to."""
     cleaned: Path
     """Folder that says which documents are left out."""
     options: NgramOptions = DEFAULTS

@@ -1,23 +1,23 @@
-"""What a text's n-gram memory says at the text's own positions, as if each weren't in it: leave-one-out targets for the decoder.
+"""Leave-one-out targets for the decoder: a text's n-gram memory at the text's own positions, as if each position weren't in the text.
 
-An n-gram memory has seen its own text, so asked there it says what follows nearly for certain. At a position of the text the counts are
-therefore taken without that one occurrence, for every context of 1, 2, … tokens that ends there: of the token that follows one less, of the
-context one less, and one distinct token less where the occurrence was its only one. Everything else is as `memdec.decoders.reading.ngram`
-states it, the discounts and weights by length of match included, which are of the whole text: one occurrence moves them by nothing.
-Where nothing is left of a context, it never occurred elsewhere, and shorter ones decide; where nothing is left of the shortest, all mass is
-left to the kNN target, which stands here where the base stands in a server:
+An n-gram memory has seen its own text, so it predicts the text's next tokens almost with certainty. At each position the counts are therefore
+taken without that one occurrence, for every context of 1, 2, … tokens that ends there: the count of the next token is one less, the count of
+the context is one less, and the context has one distinct next token less if the occurrence was the only one. Everything else is as in
+`memdec.decoders.reading.ngram`; discounts and weights by length of match stay those of the full text, which one occurrence hardly changes.
+A context without a remaining occurrence never occurred elsewhere, so shorter ones decide. If none remains of the shortest, all mass goes
+to the kNN target, which takes the base's place in the mixture:
 
     target = (1 - weight · (1 - r)) · t_kNN  +  weight · s,        with s and r, Σ s + r = 1, the memory's sparse part and what it leaves
 
-* Contexts begin within the document. At its first token there is none, so its target is the kNN target; the second has one of one token.
-* Documents with the same text, and what a document repeats, vouch for each other: one occurrence is left out, never its copies, so that
-  there the target is nearly the label. That is what such a memory is for, text that comes back; a corpus with copies by accident should be
-  rid of them first.
-* The text is the whole train split, also where the datastore has pieces of it. A piece's first contexts are those of the text, though
-  the teacher saw the end of the piece before; the token that is left out at a piece's end is the text's own next one.
+* Contexts begin within the document. Its first token has none, so its target is the kNN target; the second has a context of one token.
+* Repeated text, in one document or several, predicts itself: one occurrence is left out, never its copies, so the target there is almost
+  the label. That is the purpose of such a memory; copies that are in a corpus by accident should be removed first.
+* The text is the whole train split, also where the datastore has pieces of it. At a piece's beginning the contexts are the text's, though
+  the teacher saw the end of the piece before; at its end the token that is left out is the text's next one.
 
-Looking up 1.5 million contexts one by one would take longer than the search for neighbours. But the positions are the text's own, so the
-inverse of the suffix array has each context's place, all are looked up at once, and a row costs no more than the tokens that followed.
+Looking up 1.5 million contexts one by one would take longer than the search for neighbours. But since the positions are the
+text's own, the inverse of the suffix array has each context's place: all are looked up at once, and a row costs no more than the tokens
+that followed its contexts.
 """
 
 from dataclasses import dataclass
@@ -41,26 +41,26 @@ Probabilities = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Level:
-    """Contexts of one length at some of the positions, without the positions' own occurrences."""
+    """Contexts of one length that end at some of the positions, counted without those positions' own occurrences."""
 
     rows: Numbers
-    """Which positions, ascending."""
+    """Numbers of the positions, ascending."""
     longer: Grams
-    """The n-grams that are a token longer: contexts with what follows."""
+    """The n-grams of one token more: each context with a next token."""
     begin: Numbers
-    """The first of them for each position's context."""
+    """Index in `longer` of the first n-gram of each position's context."""
     sizes: Numbers
-    """How many there are."""
+    """Number of n-grams of each position's context."""
     own: Numbers
-    """Which of them is the position's own."""
+    """Index in `longer` of each position's own n-gram, whose next token is the label."""
     total: Numbers
-    """Occurrences, above 0."""
+    """Occurrences of each context besides the position's own, above 0."""
     left: Probabilities
     """The mass that is left to shorter contexts."""
 
 
 class LeftOut:
-    """The leave-one-out distributions of a text, `kept` tokens of each. Takes up to 90 bytes a token of it, as making its suffix array did."""
+    """The leave-one-out distributions of a text, `kept` tokens of each. It needs up to 90 bytes of memory a token, as making the suffix array did."""
 
     def __init__(self, memory: NgramMemory, kept: int) -> None:
         if len(memory.shards) > 1:
@@ -71,7 +71,7 @@ class LeftOut:
         self.memory, self.kept, self.ids = memory, kept, shard.ids.astype(shard.ids.dtype.newbyteorder("="))
         self.ranks = np.empty(len(self.ids), np.int32)
         self.ranks[shard.suffixes] = np.arange(len(self.ids), dtype=np.int32)
-        self.grams = [_small(found) for found in grams(self.ids, shard.suffixes, memory.end, memory.order)]
+        self.grams = [_small(level) for level in grams(self.ids, shard.suffixes, memory.end, memory.order)]
         self.ends = np.flatnonzero(self.ids == memory.end)
         self.likeliest, self.firsts = self._likeliest()
         self.shorter = self._shorter(shard.suffixes)
@@ -82,16 +82,16 @@ class LeftOut:
         return cls(NgramMemory.open(folder), kept)
 
     def rows(self, places: Numbers) -> tuple[Numbers, Probabilities, Probabilities]:
-        """What follows the tokens up to each of `places` [n]: ids and probabilities [n, kept], most probable first, and what is left [n].
+        """The sparse parts s after each of `places` [n]: ids and probabilities [n, kept], most probable first; and the mass r that is left, [n].
 
-        The probabilities are exact, zeros fill the places left over.
+        The probabilities are exact; rows with fewer tokens are padded with zeros.
         """
         parts = [self._rows(places[at : at + ROWS]) for at in range(0, len(places), ROWS)]
         ids, probs, left = (np.concatenate(part) for part in zip(*parts, strict=True))
         return ids, probs, left
 
     def beside(self, ids: Ids, masses: Floats, places: Numbers, weight: float) -> tuple[Ids, Floats]:
-        """The target above from kNN targets [n, k] at `places` [n], as rows [n, k + kept]."""
+        """The targets (see the top of this file) from kNN targets [n, k] at `places` [n], as rows [n, k + kept]."""
         tokens, sparse, left = self.rows(places)
         kept = (1 - weight * (1 - left))[:, None] * masses
         together = np.concatenate([kept, weight * sparse], 1).astype(np.float32)
@@ -113,7 +113,7 @@ class LeftOut:
         return ids, probs, 1 - weights * (1 - left)
 
     def _levels(self, places: Numbers) -> dict[int, Level]:
-        """Each length of context at the positions where it occurs elsewhere, shortest first."""
+        """Length of context -> the positions whose context of that length occurs elsewhere; shortest first."""
         rows, reach, levels = np.arange(len(places)), self._reach(places), {}
         for length in range(self.memory.shortest, self.memory.order):
             rows = rows[reach[rows] >= length]
@@ -126,14 +126,14 @@ class LeftOut:
         return levels
 
     def _reach(self, places: Numbers) -> Numbers:
-        """How many tokens of context each position has in its document, [n]."""
+        """Number of tokens from the beginning of its document up to each position, [n]; 0 for end tokens."""
         before = np.searchsorted(self.ends, places)
         starts = np.concatenate([[0], self.ends + 1])[before]
         reach: Numbers = np.where(self.ids[places] == self.memory.end, 0, places - starts + 1)
         return reach
 
     def _level(self, length: int, rows: Numbers, ranks: NDArray[np.int32]) -> Level:
-        """Contexts of `length` tokens that begin at suffixes of these ranks, those left out that occur nowhere else."""
+        """The contexts of `length` tokens that begin at suffixes of these ranks, without those that occur nowhere else."""
         contexts, longer = self.grams[length - 1], self.grams[length]
         which = np.searchsorted(contexts.starts, ranks, "right") - 1
         total = contexts.counts[which].astype(np.int64) - 1
@@ -149,7 +149,7 @@ class LeftOut:
         return Level(rows, longer, begin, sizes, own, total, left)
 
     def _part(self, length: int, level: Level, scale: Probabilities, at: Numbers, which: Numbers) -> tuple[Numbers, Numbers, Probabilities]:
-        """What contexts of one length add: positions, tokens and probabilities, times `scale` of each position.
+        """What the contexts of one length add to s: positions, tokens and probabilities, scaled by `scale` of each position.
 
         `which` of the longer n-grams follow the context of the level's position number `at`.
         """
@@ -158,7 +158,7 @@ class LeftOut:
         return level.rows[at], level.longer.last[which].astype(np.int64), probs
 
     def _shortest(self, level: Level, above: Level | None) -> tuple[Numbers, Numbers]:
-        """For the shortest contexts: what follows most frequently, and whatever follows a longer one."""
+        """Like `_pairs`, for the shortest contexts: their most frequent next tokens, and those that also follow a longer context."""
         at, place = _pairs(level)
         which = self.likeliest[place].astype(np.int64)
         if above is not None:
@@ -169,14 +169,14 @@ class LeftOut:
         return both // len(level.longer.starts), both % len(level.longer.starts)
 
     def _shorter(self, suffixes: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The n-gram without its first token, for each n-gram after a context one longer than the shortest."""
+        """For each n-gram of the second shortest contexts: index of the n-gram without its first token."""
         if self.memory.order <= self.memory.shortest + 1:
             return np.zeros(0, np.int32)
         short, long = self.grams[self.memory.shortest : self.memory.shortest + 2]
         return (np.searchsorted(short.starts, self.ranks[suffixes[long.starts] + 1], "right") - 1).astype(np.int32)
 
     def _likeliest(self) -> tuple[NDArray[np.int32], Numbers]:
-        """Of what follows each of the shortest contexts, the `kept` + 1 most frequent, and where each context's begin.
+        """Indices of the `kept` + 1 most frequent n-grams of each of the shortest contexts, and where each context's indices begin.
 
         No other token can be among a row's most probable unless a longer context has it: those are as frequent, one left out.
         """
@@ -190,16 +190,16 @@ class LeftOut:
 
 
 def _pairs(level: Level) -> tuple[Numbers, Numbers]:
-    """For each position of a level, by its number there, the n-grams from `begin` on: both [Σ sizes]."""
+    """All pairs of a position's number in the level and the index of one of its n-grams, both [Σ sizes]."""
     at = np.arange(len(level.rows)).repeat(level.sizes)
     skipped = np.concatenate([[0], np.cumsum(level.sizes)[:-1]])
     return at, (level.begin - skipped)[at] + np.arange(len(at))
 
 
-def _small(found: Grams) -> Grams:
-    """The same in half the memory: a shard has fewer tokens than 2**31."""
+def _small(level: Grams) -> Grams:
+    """A copy in half the memory, as int32: a shard has fewer than 2**31 tokens."""
     small: Any = np.int32
-    return Grams(found.length, found.starts.astype(small), found.counts.astype(small), found.last)
+    return Grams(level.length, level.starts.astype(small), level.counts.astype(small), level.last)
 
 
 def _most_probable(

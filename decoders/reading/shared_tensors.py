@@ -23,10 +23,10 @@ from memdec.decoders.reading.record import FORMAT, SharedTensor
 from memdec.decoders.reading.tokenizer import COPIED
 from memdec.decoders.reading.weights import INDEX, Tensor, pieces, read_header, weight_files
 
-WEIGHTS = "model.safetensors"  # the one file of a decoder that leaves tensors out
-LEAST = 1 << 20  # bytes of a tensor that is worth it
+WEIGHTS = "model.safetensors"  # the only weight file of a package that leaves tensors out
+LEAST = 1 << 20  # bytes from which on a tensor is left out
 MOST_OTHER = 256 << 20  # bytes of the other files, tokenizer and configuration
-NOT_COPIED = {RECORD, INDEX, "manifest.json"}  # that of the build's last stage says how the package was made, not the complete folder
+NOT_COPIED = {RECORD, INDEX, "manifest.json"}  # the manifest is the package's, not the complete folder's
 
 
 def find_shared(decoder: Path, base: Path) -> dict[str, SharedTensor]:

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from memdec.decoders import parallel
-from memdec.decoders.arrays import fill_array
-from memdec.decoders.datastore import BATCH, embed, spread, windows
+from memdec.decoders.datastore import fill_from_states, spread
 from memdec.decoders.head import Head
 from memdec.decoders.manifest import Bookmark, Manifest, stage
 from memdec.decoders.models import load_model
@@ -29,18 +28,8 @@ def write_base_labels(out: Path, tokens: Path, base: Path, entries: int, manifes
         head = Head.of(model)
         if parallel.rank() == 0:
             np.save(folder / "tokens.npy", ids)
-            fill_array(folder / "logprobs.npy", np.float32, (count,))
-        parallel.barrier()
-        logprobs = fill_array(folder / "logprobs.npy", np.float32, (count,))
-        mark = Bookmark(folder, "labels")
-        begin, end = parallel.share(windows(count), BATCH)
-        for done, start, part in embed(model, ids[:count], "base labels", mark.place.get("windows", begin), end):
-            logprobs[start : start + len(part)] = _of_labels(head, part, ids[start + 1 : start + 1 + len(part)])
-            if mark.due:
-                logprobs.flush()
-                mark.move(windows=done)
-        logprobs.flush()
-        mark.move(windows=end)
+        of_labels = lambda hidden, start: _of_labels(head, hidden, ids[start + 1 : start + 1 + len(hidden)])  # noqa: E731
+        fill_from_states(folder / "logprobs.npy", np.float32, (count,), model, ids[:count], Bookmark(folder, "labels"), of_labels)
     return out
 
 

@@ -11,12 +11,14 @@ alone are known to hurt kNN-LM. An open datastore has the keys in memory: 2 * wi
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,6 +37,9 @@ BATCH = 8  # windows embedded at a time
 SMALL = 50_000
 PIECE = 4096  # tokens of a piece
 
+ValueOf = Callable[[Tensor, int], NDArray[Any]]
+"""final hidden states [n, H] and the first one's position -> what is stored of them, [n, ...]"""
+
 
 def write_datastore(out: Path, tokens: Path, teacher: Path, entries: int, manifest: Manifest) -> Path:
     """Embed at most about `entries` training tokens with the teacher, and index the keys."""
@@ -45,20 +50,12 @@ def write_datastore(out: Path, tokens: Path, teacher: Path, entries: int, manife
         count = len(ids) - 1
         model = load_model(teacher)
         if parallel.rank() == 0:
-            fill_array(folder / "keys.npy", np.float16, (count, model.config.hidden_size))
             np.save(folder / "tokens.npy", ids[:count])
             np.save(folder / "values.npy", ids[1:])
-        parallel.barrier()
-        keys = fill_array(folder / "keys.npy", np.float16, (count, model.config.hidden_size))
-        mark = Bookmark(folder, "keys")
-        begin, end = parallel.share(windows(count), BATCH)
-        for done, start, part in embed(model, ids[:count], "datastore", mark.place.get("windows", begin), end):
-            keys[start : start + len(part)] = part.numpy().astype(np.float16)
-            if mark.due:
-                keys.flush()
-                mark.move(windows=done)
-        keys.flush()
-        mark.move(windows=end)
+        shape = (count, model.config.hidden_size)
+        keys = fill_from_states(
+            folder / "keys.npy", np.float16, shape, model, ids[:count], Bookmark(folder, "keys"), lambda hidden, _start: hidden.numpy()
+        )
         parallel.barrier()
         if parallel.rank() == 0 and count >= SMALL:
             write_index(build_index(keys), folder / "index.faiss")
@@ -102,6 +99,28 @@ def embed(model: PreTrainedModel, ids: Ids, what: str, begin: int = 0, end: int 
             parts = [h[overlap if w else 0 : len(ids) - w * FRESH] for w, h in zip(range(first, last), hidden, strict=True)]
             yield last, first * FRESH + (overlap if first else 0), torch.cat(parts)
             bar.update((last - first) * FRESH)
+
+
+def fill_from_states(
+    path: Path, dtype: DTypeLike, shape: tuple[int, ...], model: PreTrainedModel, ids: Ids, mark: Bookmark, value_of: ValueOf
+) -> Any:
+    """Fill an array on disk, [tokens, ...], with what `value_of` makes of each token's final hidden state; returns it, memory-mapped.
+
+    Goes on where `mark` says that an earlier run stopped; of several processes, each fills its share.
+    """
+    if parallel.rank() == 0:
+        fill_array(path, dtype, shape)
+    parallel.barrier()
+    array = fill_array(path, dtype, shape)
+    begin, end = parallel.share(windows(len(ids)), BATCH)
+    for done, start, hidden in embed(model, ids, path.stem, mark.place.get("windows", begin), end):
+        array[start : start + len(hidden)] = value_of(hidden, start)
+        if mark.due:
+            array.flush()
+            mark.move(windows=done)
+    array.flush()
+    mark.move(windows=end)
+    return array
 
 
 def _hidden(model: PreTrainedModel, ids: Ids, starts: list[int]) -> Tensor:

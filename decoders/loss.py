@@ -16,12 +16,17 @@ the forward pass.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 CHUNK = 512  # rows of logits alive at a time
+
+# logits [C, V] in float32 and the rows they are of -> the sum of the rows' losses, and its gradient by the logits, [C, V]. They are
+# overwritten: at 8 k vocabulary a fresh chunk costs more in page faults than the arithmetic does.
+PartOf = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def soft_targets(labels: Tensor, knn_ids: Tensor, knn_probs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -43,31 +48,21 @@ def sparse_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, probs: Ten
 class _FusedSparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
-        rows = hidden.shape[0]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        trained = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros(weight.shape if trained else (), dtype=torch.float32, device=weight.device)
         rest = (1 - probs.sum(1, keepdim=True)).clamp_min(0)
         any_rest = bool(rest.any())
-        for start in range(0, rows, CHUNK):
-            part = slice(start, start + CHUNK)
-            logits = (hidden[part] @ weight.T).float()  # [C, V]
+
+        def part_of(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             norm = logits.logsumexp(1, keepdim=True)
-            total += (probs[part] * (norm - logits.gather(1, ids[part]))).sum()
-            # In place: at 8 k vocabulary a fresh chunk costs more in page faults than the arithmetic does.
+            loss = (probs[part] * (norm - logits.gather(1, ids[part]))).sum()
             p = logits.sub_(norm).exp_()
             if any_rest:
                 named = p.gather(1, ids[part])
                 mass = p.scatter_(1, ids[part], 0.0).sum(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-                total -= (rest[part] * mass.log()).sum()
+                loss -= (rest[part] * mass.log()).sum()
                 p.mul_(1 - rest[part] / mass).scatter_(1, ids[part], named)
-            residual = p.scatter_add_(1, ids[part], -probs[part]).div_(rows).to(hidden.dtype)
-            grad_hidden[part] = residual @ weight
-            if trained:
-                grad_weight += residual.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total / max(rows, 1)
+            return loss, p.scatter_add_(1, ids[part], -probs[part])
+
+        return _in_chunks(ctx, hidden, weight, part_of)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,28 +83,37 @@ class _FusedMixtureLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, base: Tensor, lam: float) -> Tensor:
-        rows = hidden.shape[0]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden, trained = torch.empty_like(hidden), ctx.needs_input_grad[1]
-        grad_weight = torch.zeros(weight.shape if trained else (), dtype=torch.float32, device=weight.device)
-        for start in range(0, rows, CHUNK):
-            part = slice(start, start + CHUNK)
+        def part_of(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             own = labels[part, None]
-            p = (hidden[part] @ weight.T).float().log_softmax(1)
+            p = logits.log_softmax(1)
             ours = p.gather(1, own)[:, 0] + math.log(lam)
             both = torch.logaddexp(ours, base[part] + math.log1p(-lam))
-            total -= both.sum()
             p.exp_().scatter_add_(1, own, p.new_full(own.shape, -1.0))
-            residual = p.mul_((ours - both).exp_()[:, None]).div_(rows).to(hidden.dtype)
-            grad_hidden[part] = residual @ weight
-            if trained:
-                grad_weight += residual.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total / max(rows, 1)
+            return -both.sum(), p.mul_((ours - both).exp_()[:, None])
+
+        return _in_chunks(ctx, hidden, weight, part_of)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, grads[0]), None, None, None
+
+
+def _in_chunks(ctx: Any, hidden: Tensor, weight: Tensor, part_of: PartOf) -> Tensor:
+    """The mean loss over rows, its gradients saved in `ctx`: logits, and their gradient, are made for CHUNK rows at a time."""
+    rows = hidden.shape[0]
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grad_hidden, trained = torch.empty_like(hidden), ctx.needs_input_grad[1]
+    grad_weight = torch.zeros(weight.shape if trained else (), dtype=torch.float32, device=weight.device)
+    for start in range(0, rows, CHUNK):
+        part = slice(start, start + CHUNK)
+        loss, residual = part_of((hidden[part] @ weight.T).float(), part)
+        total += loss
+        residual = residual.div_(rows).to(hidden.dtype)
+        grad_hidden[part] = residual @ weight
+        if trained:
+            grad_weight += residual.T @ hidden[part]
+    ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+    return total / max(rows, 1)
 
 
 def _gradients(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -29,6 +29,7 @@ from memdec.decoders.reading.tokenizer import load_tokenizer
 pytestmark = pytest.mark.slow
 
 TINY = ["--teacher-tokens", "8192", "--entries", "4000", "--neighbours", "8", "--student-tokens", "16384", "--knn-tokens", "8192"]
+TINY += ["--ngram-targets", "0.2"]
 
 
 @pytest.fixture(scope="module")

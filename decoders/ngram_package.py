@@ -32,6 +32,7 @@ LAMBDAS = tuple(round(0.01 * i, 2) for i in range(100))
 TOLERATED = 0.001  # nats per token that a shorter order may cost: it is looked up faster
 ENOUGH = 100  # tokens with one length of match that are enough to tune its lambda on
 CARD = "README.md"
+BESIDE = ("base", "decoder", "ngram", "both")  # what is measured beside a decoder
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,13 @@ def refuse_updated(out: Path) -> None:
 def tune(memory: NgramMemory, base: Path, tokens: Path, most: int) -> Tuned:
     """Tune order and lambda on at most `most` windows of valid, and measure the mixture on as many of test, all beside the base."""
     model = load_model(base)
-    valid, starts, ours = _split(model, tokens, "valid", most)
+    valid, starts, ours = split_scores(model, tokens, "valid", most)
     scores = score_by_order(memory, valid, scored(starts), np.exp(ours))
     fitted = {order: fit(ours, scores, order) for order in ORDERS}
     lowest = min(figure for figure, _ in fitted.values())
     order = next(order for order, (figure, _) in fitted.items() if np.log(figure / lowest) <= TOLERATED)
     figure, lambdas = fitted[order]
-    test, starts, theirs = _split(model, tokens, "test", most)
+    test, starts, theirs = split_scores(model, tokens, "test", most)
     measured = mixed_by_length(theirs, score_by_order(memory, test, scored(starts), np.exp(theirs)), order, lambdas)
     figures = {
         "valid base": perplexity(ours),
@@ -157,7 +158,7 @@ def mixed_by_length(base: Floats, scores: "Scores", order: int, lambdas: Sequenc
     return mixed
 
 
-def _split(model: Any, tokens: Path, split: str, most: int) -> tuple[Sequence[int], list[int], Floats]:
+def split_scores(model: Any, tokens: Path, split: str, most: int) -> tuple[Sequence[int], list[int], Floats]:
     """A split's token ids, its windows, and the base's log-probabilities of their scored tokens."""
     ids = load_tokens(tokens, split)
     starts = windows(len(ids), most)
@@ -209,8 +210,18 @@ def model_card(record: dict[str, Any]) -> str:
             f"Perplexity beside `{made['base']}`; order {record['order']} and λ (at most {record['lambda']}, less after "
             f"short matches) tuned on valid; "
             f"at most {made['windows']} windows of 512 tokens, the second half of each scored.", "",
-            "| split | base alone | mixture |", "|---|---|---|", *rows, "", *updates,
+            "| split | base alone | mixture |", "|---|---|---|", *rows, "", *updates, *_beside_decoders(record.get("beside", [])),
             "## Made from", "",
             f"Corpus `{corpus['name']}`, licence of its text: {corpus['licence']}.", "",
         ]
     )  # fmt: skip
+
+
+def _beside_decoders(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The card's lines on what was measured beside decoders."""
+    rows = []
+    for entry in entries:
+        figures = " | ".join(str(entry.get("perplexity", {}).get(name, "")) for name in BESIDE)
+        rows.append(f"| {entry['decoder']} | {figures} | {'both' if entry['better'] else 'decoder'} |")
+    head = [f"| decoder | {' | '.join(BESIDE)} | default |", f"|---{'|---' * len(BESIDE)}|---|"]
+    return ["Beside decoders, on the half of valid that nothing was fitted on:", "", *head, *rows, ""] if rows else []

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from memdec.decoders.reading.ngram_folder import documents_in, tokenize, vocabul
 from memdec.decoders.reading.ngram_index import Vocabulary, add_shard, write_documents, write_record
 from memdec.decoders.reading.ngram_record import DOCUMENTS, LONGEST_ORDER, NAME
 from memdec.decoders.reading.ngram_shard import Shard, write_arrays
+from memdec.decoders.reading.record import BesideRecord
 
 Change = Callable[[NgramMemory, Path, Vocabulary], None]
 """Writes the new package's shards; arguments: the open package, the new folder, the vocabulary."""
@@ -95,10 +97,15 @@ def _update(out: Path, domain: str, what: str, change: Change) -> Path:
         training.setdefault("measured before updates", record.perplexity)
         write_record(
             made, record.domain, vocabulary, order=record.order, **{"lambda": record.lam}, weights=record.weights, tuned=record.tuned, sources=record.sources,
-            base=record.base, training=training,
+            base=record.base, training=training, beside=[unmeasured(one) for one in record.beside],
         )  # fmt: skip
         (made / CARD).write_text(model_card(json.loads((made / NAME).read_text())))
     return out
+
+
+def unmeasured(beside: BesideRecord) -> dict[str, Any]:
+    """What is kept of a decoder's entry when the text changes: shares stay as they were fitted, as lambda does."""
+    return beside.model_dump(mode="json", by_alias=True, exclude={"perplexity"})
 
 
 def _link(source: Path, target: Path) -> None:

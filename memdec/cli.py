@@ -112,6 +112,8 @@ def _ngram(args: argparse.Namespace) -> int:
     _refuse_idle(args)
     if args.remove:
         made = ngram_update.remove(out, args.name, args.remove)
+    elif args.beside:
+        return _beside(args, out, work)
     elif args.append:
         made = ngram_update.append(out, args.name, Path(args.corpus), load_tokenizer(args.base))
     else:
@@ -121,17 +123,29 @@ def _ngram(args: argparse.Namespace) -> int:
     return 0
 
 
+def _beside(args: argparse.Namespace, out: Path, work: Path) -> int:
+    from memdec.decoders.corpus import Corpus
+    from memdec.decoders.ngram_beside import fit_beside
+
+    entry = fit_beside(out, args.name, Corpus.open(args.corpus), args.base, args.beside, work, args.windows)
+    print(", ".join(f"{name} {figure}" for name, figure in entry["perplexity"].items()), "(perplexity on valid)")
+    print(f"{out}: beside {args.beside}, requests get {'both' if entry['better'] else 'the decoder alone, which is no worse,'} by default")
+    return 0
+
+
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Raise OptionError for options of `memdec ngram` that are missing, or would have no effect beside --append or --remove."""
+    """Raise OptionError for options of `memdec ngram` that are missing, or would have no effect with --append, --remove or --beside."""
     from memdec.decoders.ngram_package import NgramOptions
 
     if not args.remove and not (args.corpus and args.base):
         raise OptionError(f"{'--base' if args.corpus else '--corpus'}: is missing; only --remove needs neither --corpus nor --base")
-    if args.remove or args.append:
+    change = next((name for name in ("remove", "append", "beside") if getattr(args, name)), None)
+    if change is not None:
         given = [("--work", args.work), *((flags.spelling(f.name), getattr(args, f.name) != f.default) for f in fields(NgramOptions))]
         given += [("--corpus", args.corpus), ("--base", args.base)] if args.remove else []
-        for flag in (flag for flag, value in given if value):
-            raise OptionError(f"{flag}: has no effect beside --{'remove' if args.remove else 'append'}")
+        used = ("--work", "--windows") if args.beside else ()
+        for flag in (flag for flag, value in given if value and flag not in used):
+            raise OptionError(f"{flag}: has no effect beside --{change}")
 
 
 def _pretrain(args: argparse.Namespace) -> int:
@@ -239,6 +253,12 @@ def _add_ngram(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--append", action="store_true", help="add all documents of --corpus to the package in --out, as a further shard")
     changes.add_argument(
         "--remove", metavar="ID", action="append", default=[], help="remove a document from the package in --out; repeatable"
+    )
+    changes.add_argument(
+        "--beside",
+        metavar="DECODER",
+        type=Path,
+        help="measure on valid how the package in --out and this decoder go together, and write it into the package; nothing else changes",
     )
     flags.add(parser, NgramOptions)
 

@@ -13,7 +13,7 @@ from memdec.decoders.reading.files import read_json, shown
 from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.ngram_folder import open_or_index
 from memdec.decoders.reading.package import Package
-from memdec.decoders.reading.record import Config, checked
+from memdec.decoders.reading.record import BesideRecord, Config, checked
 from memdec.decoders.reading.retrieval import RetrievalPackage
 from memdec.decoders.reading.shared_tensors import completed
 from memdec.decoders.reading.tokenizer import first_line, load_copied, load_tokenizer, require_same_token_map, token_map_hash, trusted
@@ -22,7 +22,7 @@ from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderE
 from memdec.server.errors import StartupError
 from memdec.server.json_types import JsonObject
 from memdec.server.naming import parse_named, require_folder
-from memdec.server.routing.domains import Datastore, Domain, Domains, Ngrams
+from memdec.server.routing.domains import Both, Datastore, Domain, Domains, Ngrams
 
 # config.json entries that may differ between decoders of one shape
 NOT_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -124,11 +124,20 @@ def open_ngrams(path: Path, base: Callable[[], str], token_hash: str) -> Ngrams:
     memory = NgramMemory.open(path)
     if memory.tokenizer != token_hash:
         raise PackageError(f"{path}: made with another tokenizer (token map {memory.tokenizer}, the base's is {token_hash})")
-    beside = memory.base is not None and memory.base == base()
+    fitted = memory.record.beside
+    revision = base() if memory.base is not None or fitted else None
+    beside = memory.base is not None and memory.base == revision
     return Ngrams(
         str(path), memory.lambda_, memory.order, memory.tokens, memory.size, memory.revision, memory.tuned and beside, memory.sources,
-        dict(memory.perplexity) if beside else {},
+        dict(memory.perplexity) if beside else {}, tuple(memory.weights),
+        tuple(both_of(one) for one in fitted if one.base == revision),
     )  # fmt: skip
+
+
+def both_of(record: BesideRecord) -> Both:
+    """What an n-gram package says of a decoder."""
+    shares = tuple((decoder, ngram) for decoder, ngram in record.shares)
+    return Both(record.decoder, record.lam, shares, record.better, dict(record.perplexity))
 
 
 def with_memory(domain: Domain | None, name: str, ngrams: Ngrams, token_hash: str) -> Domain:

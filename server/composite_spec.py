@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from memdec.server.json_types import JsonObject
-from memdec.server.routing.domains import DECODER, KNN, NGRAM, NONE, RAG
+from memdec.server.routing.domains import BOTH, DECODER, KNN, NGRAM, NONE, RAG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -106,7 +106,9 @@ class CompositeSpec:
     @property
     def labels(self) -> tuple[tuple[str, str], ...]:
         """(mode, domain) labels of the metrics at the start."""
-        modes = ((self.decoders, (DECODER,)), (self.datastores, (KNN, RAG)), (self.ngrams, (NGRAM,)))
+        counted = {entry.name for entry in self.ngrams}
+        together = tuple(entry for entry in self.decoders if entry.name in counted)
+        modes = ((self.decoders, (DECODER,)), (self.datastores, (KNN, RAG)), (self.ngrams, (NGRAM,)), (together, (BOTH,)))
         pairs = [(mode, entry.name) for entries, named in modes for entry in entries for mode in (*named, NONE)]
         return tuple(dict.fromkeys(pairs))
 

@@ -1,6 +1,6 @@
 """Run one batch through an offline vLLM engine in a process of its own: `python engine_run.py JOB.json RESULT.json`.
 
-A job is {"engine": LLM arguments, "requests": [{"prompt" (text, or token ids), "domain", "lambda", "mode", "sampling"}], "rounds": n, "traced": bool,
+A job is {"engine": LLM arguments, "requests": [{"prompt" (text, or token ids), "domain", "lambda", "mode", "shares", "sampling"}], "rounds": n, "traced": bool,
 "later": {domain: path}}, the last ones loaded into slots 2 and on when the engine is there. The result holds, per round and request, prompt and
 output token ids (of all samples), their log-probabilities, cached tokens, and the engine's counters; where parts are traced (see traced.py),
 shapes and replays of each.
@@ -35,7 +35,11 @@ def main(job_path: str, result_path: str) -> None:
     prompts: list[Any] = []
     params = []
     for request in job["requests"]:
-        choice = MemoryChoice(request["mode"], request["domain"], request["lambda"]) if request.get("domain") else None
+        choice = (
+            MemoryChoice(request["mode"], request["domain"], request["lambda"], shares=shares_of(request))
+            if request.get("domain")
+            else None
+        )
         extra = choice.to_extra_args() if choice else None
         if extra and request["domain"] in later:
             extra[SLOT] = later[request["domain"]]
@@ -59,6 +63,11 @@ def main(job_path: str, result_path: str) -> None:
         "preemptions": counters.get("vllm:num_preemptions", 0),
     }
     Path(result_path).write_text(json.dumps(result))
+
+
+def shares_of(request: dict[str, Any]) -> Any:
+    """The shares of a request in mode `both`."""
+    return tuple((decoder, ngram) for decoder, ngram in request.get("shares", ()))
 
 
 def logged(log: str, job_path: str, result_path: str) -> None:

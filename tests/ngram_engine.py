@@ -70,6 +70,37 @@ def off(toys: Path, mix: Sequence[Row], records: list[dict[str, Any]], folder: P
     return largest
 
 
+def off_both(toys: Path, mix: Sequence[Row], records: list[dict[str, Any]], texts: dict[str, Sequence[Sequence[int]]]) -> float:
+    """Largest difference of a log-probability of the rows in mode `both` from Hugging Face's two models and counting.
+
+    `texts`: by domain, the documents of its n-gram memory, of order 6.
+    """
+    counted = {name: Reference(rows, 0, 6) for name, rows in texts.items()}
+    largest = 0.0
+    for row, record in zip(mix, records, strict=True):
+        if len(row) < 5:
+            continue
+        _, domain, lam, _, shares = row
+        ids, name = record["prompt"] + record["output"], str(domain)
+        base, own = (logs(toys / folder, ids) for folder in ("base", f"qwen_{name}"))
+        ours = record.get("prompt_logprobs", []) + record["logprobs"]
+        for at in range(len(ids) - len(ours), len(ids)):
+            p, memory = math.exp(base[at - 1]), math.exp(own[at - 1])
+            d, n = (lam * share for share in shares[counted[name].matched(ids[:at])])
+            expected = (1 - d - n) * p + d * memory + n * probability(counted[name], ids[:at], ids[at], p)
+            largest = max(largest, abs(ours[at - len(ids) + len(ours)] - math.log(expected)))
+    return largest
+
+
+@torch.inference_mode()
+def logs(folder: Path, ids: list[int]) -> list[float]:
+    """A toy's log-probability of each token after the first, over the ids that base and decoders share."""
+    model = hugging_face(folder, torch.float32)
+    logits = model(torch.tensor([ids])).logits[0, :-1].double()
+    found: list[float] = logits.log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+    return found
+
+
 def probability(reference: Reference, context: list[int], token: int, p: float) -> float:
     """The reference's p_ngram of one token, of which the base says p."""
     tail = reference.tail(context)

@@ -13,12 +13,13 @@ from typing import Any
 import engine_run
 
 from memdec.server.composite_spec import CompositeSpec, DatastoreEntry, DecoderEntry
+from memdec.server.routing.domains import Shares
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vllm", "vllm.v1.engine.llm_engine", "memdec.server.worker.v1"])
 
 Prompt = str | list[int]
-Row = tuple[Prompt, str | None, float] | tuple[Prompt, str | None, float, str]
+Row = tuple[Prompt, str | None, float] | tuple[Prompt, str | None, float, str] | tuple[Prompt, str | None, float, str, Shares]
 
 
 def composite(toys: Path, kind: str, datastores: dict[str, Path]) -> CompositeSpec:
@@ -40,7 +41,7 @@ def run(
     later: dict[str, Path] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Run a batch of (prompt, domain, lambda[, mode]) through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None.
+    """Run a batch of (prompt, domain, lambda[, mode[, shares]]) through vLLM in its own process: the composite with decoders of `kind`, or the plain base if None.
 
     `variables` are set in the process's environment; `changed` are other fields of the composite's spec, `traced` and `later` are told in engine_run.py; `changes` are arguments of the engine, and `sampling`.
     """
@@ -53,8 +54,15 @@ def run(
         spec = replace(composite(toys, kind, datastores or {}), **(changed or {}))
         engine |= {"hf_overrides": spec.overrides(), "worker_cls": "memdec.server.worker.v1.CPUMemoryWorker"}
     requests = [
-        {"prompt": p, "domain": d if kind else None, "lambda": lam, "mode": (*mode, "decoder")[0], "sampling": sampling}
-        for p, d, lam, *mode in mix
+        {
+            "prompt": p,
+            "domain": d if kind else None,
+            "lambda": lam,
+            "mode": (*more, "decoder")[0],
+            "shares": (*more, "", ())[1],
+            "sampling": sampling,
+        }
+        for p, d, lam, *more in mix
     ]
     job, result = folder / "job.json", folder / "result.json"
     job.write_text(

@@ -90,7 +90,8 @@ class NgramMemory:
         self.end, self.sources, self.discounts = record.end, record.sources, record.discounts
         self.weights = record.weights or [1.0] * len(record.discounts)
         self.perplexity, self.base = record.perplexity, record.base
-        self.revision = json_hash(record.model_dump(mode="json", by_alias=True))
+        self.revision = json_hash(record.model_dump(mode="json", by_alias=True, exclude={"beside"}))
+        """Of the memory alone: what was measured beside decoders changes nothing in it."""
         self.size = sum(f.bytes for f in record.files.values())
         self._kind = token_type(record.vocabulary)
         self._documents = [read_documents(shard.folder / DOCUMENTS) for shard in shards] if record.sources else []
@@ -125,8 +126,8 @@ class NgramMemory:
             raise PackageError(f"{folder / NAME}: tokens is {record.tokens:,}, its shards have another number; make it again")
         return memory
 
-    def continuations(self, context: Sequence[int]) -> Continuations:
-        """The distribution after `context`, of which the last order - 1 tokens matter.
+    def continuations(self, context: Sequence[int], weights: Sequence[float] | None = None) -> Continuations:
+        """The distribution after `context`, of which the last order - 1 tokens matter; with `weights` by length of match instead of the package's.
 
         The cost is bounded by the order, the logarithm of the text, and the vocabulary; it grows with the number of shards.
         """
@@ -137,7 +138,7 @@ class NgramMemory:
         if result is None:
             return NOTHING
         ids, sparse, base_mass, matched, count = result
-        weight = self.weights[matched - 1]
+        weight = (self.weights if weights is None else weights)[matched - 1]
         return Continuations(ids, (weight * sparse).astype(np.float32), 1 - weight * (1 - base_mass), matched, count)
 
     def levels(self, tail: Sequence[int]) -> Iterator[tuple[int, Numbers, Numbers]]:

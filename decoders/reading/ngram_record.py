@@ -4,7 +4,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from memdec.decoders.reading.record import Count, FileName, FileRecord, Hash, Lambda, Perplexity, Strict, Text, is_lambda, wants
+from memdec.decoders.reading.record import (
+    BesideRecord,
+    Count,
+    FileName,
+    FileRecord,
+    Hash,
+    Lambda,
+    Perplexity,
+    Strict,
+    Text,
+    is_lambda,
+    wants,
+)
 
 NAME = "ngram.json"
 DOCUMENTS = "documents.json"
@@ -61,6 +73,8 @@ class NgramRecord(Strict):
     base: Hash | None = None
     """Fingerprint of the base that lambda was tuned beside."""
     perplexity: Annotated[dict[Text, Perplexity], wants(_dict, "an object")] = Field(default_factory=dict)
+    beside: Annotated[list[BesideRecord], wants(lambda v: isinstance(v, list), "a list")] = Field(default_factory=list)
+    """What `memdec ngram --beside` measured."""
     training: Annotated[dict[str, Any], wants(_dict, "an object")] = Field(default_factory=dict)
     """What it was made from, for people: nothing here is used."""
     files: Annotated[dict[FileName, Annotated[FileRecord, wants(_dict, "an object")]], wants(_dict, "an object")]

@@ -152,6 +152,31 @@ class FileRecord(Strict):
     sha256: Digest
 
 
+MATCHES = 8  # lengths of a longest match that shares are stored for: 0 to 7 tokens
+
+
+def _are_shares(value: Any) -> bool:
+    pairs = isinstance(value, list) and len(value) == MATCHES and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return pairs and all(is_lambda(share) for pair in value for share in pair) and all(sum(pair) <= 1 for pair in value)
+
+
+class BesideRecord(Strict):
+    """How an n-gram memory goes together with one decoder, beside one base."""
+
+    decoder: Hash
+    """The decoder's revision."""
+    base: Hash
+    """The base's fingerprint."""
+    lam: Lambda = Field(alias="lambda")
+    """Weight of the two together, after the length of match where it is largest."""
+    shares: Annotated[list[list[float]], wants(_are_shares, f"{MATCHES} pairs of numbers from 0 to 1, no pair's sum above 1")]
+    """The decoder's and the memory's share of lambda, where the longest match has 0, 1, … tokens."""
+    better: bool
+    """Whether the two together were better than each alone."""
+    perplexity: Annotated[dict[Text, Perplexity], wants(_dict, "an object")] = {}
+    """On text that the shares were not fitted on."""
+
+
 def _inside(name: Any) -> bool:
     return isinstance(name, str) and 0 < len(name) <= 200 and not {"", ".", ".."} & set(name.split("/"))
 
@@ -191,7 +216,9 @@ def checked(kind: type[Kind], value: dict[str, Any], name: object) -> Kind:
     raise PackageError(f"{name}: {key} is {shown(first['input'])}, wanted {first['msg'].removeprefix('Input should be ')}")
 
 
-PARTS: dict[str, type[BaseModel]] = {"bases": Figures, "shared": SharedTensor, "knn": KnnRecord, "rag": RagRecord, "files": FileRecord}
+PARTS: dict[str, type[BaseModel]] = {
+    "bases": Figures, "shared": SharedTensor, "knn": KnnRecord, "rag": RagRecord, "files": FileRecord, "beside": BesideRecord,
+}  # fmt: skip
 
 
 def _keys(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:

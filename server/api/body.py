@@ -21,6 +21,12 @@ OURS = {  # what our routes read beside OpenAI's and vLLM's fields
     "memory": {"enum": list(MODES), "description": "How the domain is remembered; a domain's modes are in /v1/domains."},
     "rag_stride": {"type": "integer", "minimum": 1, "description": "With memory 'rag': tokens between retrievals."},
     "memory_sources": {"type": "boolean", "description": "With memory 'ngram': name the documents that the answer's tokens were seen in."},
+    "ngram_share": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "description": "With memory 'both': the n-gram memory's share of lambda; the rest is the decoder's. By default as fitted.",
+    },
 }
 WRONG_TYPES = (AttributeError, KeyError, IndexError, TypeError, RecursionError)
 

@@ -31,7 +31,7 @@ from memdec.server.json_types import JsonObject
 from memdec.server.logs import MEMDEC
 from memdec.server.retrieval.rag import Added, added
 from memdec.server.routing.domains import NONE, RAG
-from memdec.server.routing.selection import SOURCES, Selection, select
+from memdec.server.routing.selection import SHARE, SOURCES, STRIDE, Selection, select
 
 router = APIRouter(dependencies=[Depends(validate_json_request), Depends(require_sound)])
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
@@ -193,7 +193,7 @@ def _select(request: Parsed, raw_request: Request) -> Selection:
     for name in RESERVED:
         if name in (request.vllm_xargs or {}):
             raise RequestError(
-                f"vllm_xargs.{name} is reserved. Body fields choose a memory: domain, lambda, memory, rag_stride.", "vllm_xargs"
+                f"vllm_xargs.{name} is reserved. Body fields choose a memory: domain, lambda, memory, {STRIDE}, {SHARE}.", "vllm_xargs"
             )
     headers = {name: [value.strip() for value in raw_request.headers.getlist(name)] for name in ("x-domain", "x-lambda", "x-memory")}
     domains = offered(raw_request)
@@ -211,5 +211,13 @@ def _apply(selection: Selection, request: Parsed) -> None:
     open_ended = all(_field(request, name) is None for name in LENGTHS)
     if selection.sources and "input" in type(request).model_fields:
         raise RequestError(f"{SOURCES} is a field of completions and chats, not of responses. Leave it out.", SOURCES)
-    choice = MemoryChoice(selection.mode, selection.domain.name, selection.lam, selection.stride, open_ended, sources=selection.sources)
+    choice = MemoryChoice(
+        selection.mode,
+        selection.domain.name,
+        selection.lam,
+        selection.stride,
+        open_ended,
+        sources=selection.sources,
+        shares=selection.shares,
+    )
     request.vllm_xargs = {**(request.vllm_xargs or {}), **choice.to_extra_args()}

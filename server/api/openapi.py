@@ -82,6 +82,18 @@ class NgramEntry(BaseModel):
     perplexity: dict[str, float] | None
 
 
+class BothEntry(BaseModel):
+    """How the mode `both` mixes decoder and n-gram memory in together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lam: float = Field(alias="lambda", description="Weight of the two together, where that is largest.")
+    better: bool = Field(description="Whether it was better than each alone, and is the default.")
+    decoder_shares: list[float] = Field(description="The decoder's share of lambda after a longest match of 0, 1, … tokens.")
+    ngram_shares: list[float] = Field(description="The n-gram memory's; what is left of lambda is the base's.")
+    perplexity: dict[str, float] | None
+
+
 class DomainEntry(BaseModel):
     """One domain."""
 
@@ -99,6 +111,7 @@ class DomainEntry(BaseModel):
     perplexity: JsonObject | None
     datastore: DatastoreEntry | None
     ngram: NgramEntry | None
+    both: BothEntry | None
 
 
 class DomainEntries(BaseModel):

@@ -17,7 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from memdec.server.choice import CLIENT, SCORED, SEGMENT, SLOT, MemoryChoice
+from memdec.server.choice import BESIDE, CLIENT, SCORED, SEGMENT, SLOT, MemoryChoice
 from memdec.server.composite_spec import CompositeSpec
 from memdec.server.engine import rag, tracing
 from memdec.server.engine.admission import Admission, account, turn_of_request
@@ -103,8 +103,8 @@ class MemoryEngine(AsyncLLM):
         if rest.get("priority") and not self.takes_priorities and not replayed:
             raise VLLMValidationError("priority: this server's scheduling policy knows none; leave it out", parameter="priority")
         if choice is None or choice.mode != RAG:
-            if self.shadows is not None and choice is not None and choice.mode == DECODER and choice.mixed:
-                self.shadows.offer(prompt, sampling_params, choice.domain)
+            if self.shadows is not None and choice is not None and choice.decoded:
+                self.shadows.offer(prompt, sampling_params, choice)
             if choice is not None and choice.sources:
                 return self._with_sources(choice, prompt, sampling_params, request_id, **rest)
             return plain(prompt, sampling_params, request_id, **rest)
@@ -140,8 +140,8 @@ class MemoryEngine(AsyncLLM):
 
     def uses(self, slot: int) -> bool:
         """Whether an unfinished request uses this slot."""
-        running = (getattr(state, "memory_slot", 0) for state in self.output_processor.request_states.values())
-        return self.admitting[slot] > 0 or slot in running
+        running = (getattr(state, "memory_slots", ()) for state in self.output_processor.request_states.values())
+        return self.admitting[slot] > 0 or any(slot in slots for slots in running)
 
     async def add_request(
         self,
@@ -153,7 +153,7 @@ class MemoryEngine(AsyncLLM):
     ) -> RequestOutputCollector:
         """The one choke point of all routes: prefix-cache blocks carry the domain and decoder revision that filled them.
 
-        The request is given the slot of that revision, and stays there when the domain gets a newer one.
+        The request is given the slots of its memories' revisions, and stays there when the domain gets a newer one.
         A client's own salt is namespaced, or it could name another domain's blocks. Lambda changes no KV, so requests that
         differ in it alone share blocks.
         """
@@ -171,9 +171,9 @@ class MemoryEngine(AsyncLLM):
                 prompt["cache_salt"] = salt
             else:
                 prompt.cache_salt = salt
-        slot = self._slot_of(choice, current)
-        params = _with_engine_fields(params, slot)
-        self.admitting[slot] += 1
+        slots = self._slots_of(choice, current)
+        params = _with_engine_fields(params, slots)
+        self.admitting.update(slots)
         try:
             _charge(prompt, params)
             added = await super().add_request(request_id, prompt, params, *args, **kwargs)
@@ -182,18 +182,18 @@ class MemoryEngine(AsyncLLM):
         except (ShuttingDown, RequestError) as error:  # vLLM passes on its own kinds of errors alone
             raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from None
         finally:
-            self.admitting[slot] -= 1
+            self.admitting.subtract(slots)
             self.admission.arrived(getattr(params, "n", 1))
 
     @staticmethod
-    def _slot_of(choice: MemoryChoice | None, current: Snapshot) -> int:
-        """The slot that a request gets; 0: the worker looks its memory up, or it needs none. Raises VLLMNotFoundError if its memory was unloaded since."""
+    def _slots_of(choice: MemoryChoice | None, current: Snapshot) -> tuple[int, ...]:
+        """The slots that a request gets; (): the worker looks its memory up, or it needs none. Raises VLLMNotFoundError if a memory was unloaded since."""
         if choice is None or not choice.mixed:
-            return 0
-        slot = current.slot_of(choice.mode, choice.domain)
-        if not slot and choice.mode in (DECODER, NGRAM):
+            return ()
+        slots = current.slots_of(choice.mode, choice.domain)
+        if not all(slots):
             raise VLLMNotFoundError(f"The domain {choice.domain!r} has no memory {choice.mode!r} any more.")
-        return slot
+        return slots
 
     async def _compilable(self, params: SamplingParams | PoolingParams) -> SamplingParams | PoolingParams:
         """A copy of the parameters whose grammar the sandbox has compiled. Raises VLLMValidationError."""
@@ -235,11 +235,9 @@ class MemoryEngine(AsyncLLM):
         await super().check_health()
 
 
-def _with_engine_fields(params: SamplingParams | PoolingParams, slot: int) -> SamplingParams | PoolingParams:
-    """A copy of the parameters with the memory's slot, for the worker, and the client of the fair share, for the scheduler."""
-    extra: dict[str, int | str] = {}
-    if slot:
-        extra[SLOT] = slot
+def _with_engine_fields(params: SamplingParams | PoolingParams, slots: tuple[int, ...]) -> SamplingParams | PoolingParams:
+    """A copy of the parameters with the memories' slots, for the worker, and the client of the fair share, for the scheduler."""
+    extra: dict[str, int | str] = dict(zip((SLOT, BESIDE), slots, strict=False))
     if client := turn_of_request():
         extra[CLIENT] = client
     if not extra or not hasattr(params, "extra_args"):
@@ -262,6 +260,6 @@ def cache_salt(choice: MemoryChoice | None, revisions: Mapping[str, str], client
 
     Only decoders have KV of their own: kNN-LM, RAG and n-grams fill the base's blocks.
     """
-    if choice is None or not choice.mixed or choice.mode != DECODER:
+    if choice is None or not choice.decoded:
         return f"base:{client}" if client else None
     return f"domain:{choice.domain}:{revisions[choice.domain]}:{client or ''}"

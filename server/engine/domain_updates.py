@@ -26,7 +26,7 @@ from memdec.server.engine.in_thread import in_thread
 from memdec.server.engine.protocols import Engine
 from memdec.server.engine.settings import UpdateOptions
 from memdec.server.errors import BadPackage, DomainStays, NoSlot, OutsideRoots, RequestError, ShuttingDown, StartupError
-from memdec.server.routing.domains import DECODER, NGRAM, NONE, Domain
+from memdec.server.routing.domains import DECODER, MEMORIES, NGRAM, NONE, Domain
 
 PIECE = 16 << 20  # bytes of weights loaded between two engine steps
 POLL = 0.05  # seconds between two looks at whether a slot is free
@@ -126,7 +126,7 @@ class DomainUpdates:
             slot = self._slot_for(name, memory.mode)
             await self._fill(slot, memory, deadline)
             try:
-                self.engine.output_processor.timings.know([(mode, name) for mode in (memory.mode, NONE)])
+                self.engine.output_processor.timings.know([(mode, name) for mode in domain.modes if mode in (*MEMORIES, NONE)])
                 self.engine.loaded.publish(current.having_memory(memory.mode, domain, slot))
             except BaseException:
                 await self._clear(slot)

@@ -11,7 +11,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from memdec.server import metrics
-from memdec.server.routing.domains import DECODER, NGRAM, Domain, Domains
+from memdec.server.routing.domains import DECODER, MEMORIES, NGRAM, Domain, Domains
 
 NO_SLOTS: Mapping[str, int] = MappingProxyType({})
 
@@ -37,9 +37,13 @@ class Snapshot:
         """Domain -> revision of its decoder, which salts the prefix cache."""
         return MappingProxyType({domain.name: domain.revision for domain in self.domains})
 
-    def slot_of(self, mode: str, name: str) -> int:
-        """The slot that a new request gets; 0 in a mode whose memories have the same slot for ever, or none."""
-        return {DECODER: self.slots, NGRAM: self.ngram_slots}.get(mode, {}).get(name, 0)
+    def slot_of(self, memory: str, name: str) -> int:
+        """The slot of a domain's decoder or n-gram memory; 0 if it has none."""
+        return {DECODER: self.slots, NGRAM: self.ngram_slots}[memory].get(name, 0)
+
+    def slots_of(self, mode: str, name: str) -> tuple[int, ...]:
+        """The slots that a new request gets, one for each of the mode's memories (0: there is none); () where memories have the same slot for ever."""
+        return tuple(self.slot_of(memory, name) for memory in MEMORIES.get(mode, ()))
 
     def having(self, domain: Domain, slot: int) -> "Snapshot":
         """The same with a domain added or replaced, whose decoder has this slot."""

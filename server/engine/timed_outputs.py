@@ -5,7 +5,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 from vllm.v1.metrics.stats import IterationStats
 
-from memdec.server.choice import SEGMENT, SLOT, MemoryChoice
+from memdec.server.choice import BESIDE, SEGMENT, SLOT, MemoryChoice
 from memdec.server.engine import tracing
 from memdec.server.engine.grammars import FIELD
 from memdec.server.metrics import NO_LABEL, Timings
@@ -19,14 +19,14 @@ class TimedOutputProcessor(OutputProcessor):
     timings: Timings
 
     def add_request(self, request: EngineCoreRequest, *args: object, **kwargs: object) -> None:
-        """Note the request's metric label, slot and pass."""
+        """Note the request's metric label, slots and pass."""
         super().add_request(request, *args, **kwargs)
         choice = MemoryChoice.of(request.sampling_params)
         state: RequestState = self.request_states[request.request_id]
         state.memory_label = choice.label if choice is not None else NO_LABEL
         extra = getattr(request.sampling_params, "extra_args", None) or {}
         state.memory_segment = extra.get(SEGMENT, 0)
-        state.memory_slot = extra.get(SLOT, 0)
+        state.memory_slots = (extra.get(SLOT, 0), extra.get(BESIDE, 0))
 
     def process_outputs(self, engine_core_outputs: list[EngineCoreOutput], *args: object, **kwargs: object) -> OutputProcessorOutput:
         """End an answer whose grammar allowed no token with a client error; vLLM reports it like any failure of its own.

@@ -36,7 +36,8 @@ def equip(engine: MemoryEngine, settings: Settings) -> DomainUpdates | None:
     engine.finders = {n: PassageFinder.open(RetrievalPackage.read(Path(s.path)), tokenizer) for n, s in stores.items()}
     if settings.baseline_sample_rate:
         ngrams = {d.name: d.ngrams.lam for d in models.domains if d.ngrams is not None}
-        baselines = baselines_of({name: store.lam for name, store in stores.items()}, models.domains.names, ngrams)
+        both = {d.name: (d.lam, d.both.lam) for d in models.domains if d.both is not None}
+        baselines = baselines_of({name: store.lam for name, store in stores.items()}, models.domains.names, ngrams, both)
         engine.shadows = Shadows(engine, settings.baseline_sample_rate, baselines)
     return DomainUpdates(engine, models, settings.updates) if settings.updates is not None else None
 

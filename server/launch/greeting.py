@@ -3,13 +3,13 @@
 from argparse import Namespace
 
 from memdec.server.logs import MEMDEC
-from memdec.server.routing.domains import Domain, Domains
+from memdec.server.routing.domains import BOTH, Domain, Domains
 
 
 def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> str:
     """Where the server listens, what it serves, and a curl to paste."""
     url, option = address(args)
-    names = ", ".join(f"{d.name} (lambda {d.lam:g}{'' if d.tuned else ', not tuned beside this base'}{also(d)})" for d in domains) or "none"
+    names = ", ".join(f"{d.name} ({of_default(d)}{also(d)})" for d in domains) or "none"
     header = f" -H 'X-Domain: {domains.names[0]}'" if domains.names else ""
     return (
         f"\nmemdec is ready on {url} after {seconds:.0f} s\n"
@@ -18,6 +18,14 @@ def ready(args: Namespace, domains: Domains, context: int, seconds: float) -> st
         f"  context: {context} tokens\n"
         f"  try:     curl {option}{url}/v1/completions -H 'Content-Type: application/json'{header} "
         f"""-d '{{"model": "{domains.base}", "prompt": "The results show that", "max_tokens": 40, "temperature": 0}}'\n"""
+    )
+
+
+def of_default(domain: Domain) -> str:
+    """Lambda of a domain's default mode."""
+    mode = domain.modes[0]
+    return (
+        f"{mode + ', ' if mode == BOTH else ''}lambda {domain.lambda_of(mode):g}{'' if domain.is_tuned else ', not tuned beside this base'}"
     )
 
 

@@ -2,17 +2,20 @@
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from memdec.decoders.reading.ngram import NgramMemory
-from memdec.server.model.mixing import mix_sparse
+from memdec.server.model.mixing import mix, mix_both, mix_sparse
 from memdec.server.model.packing import places
+from memdec.server.model.routing import NO_DOMAIN, Beside, positions_by_slot
 from memdec.server.model.text import StepText
 from memdec.server.model.timing import StepTimes
-from memdec.server.retrieval.ngram import look_up
+from memdec.server.retrieval.ngram import SparseRows, look_up
+from memdec.server.routing.domains import Shares
 
 PATIENCE = 0.005  # seconds that the worker waits, between two steps, for a memory that is being opened
 
@@ -33,14 +36,50 @@ class NgramMemories:
 
     def mixed(self, slot: int, logits: Tensor, lams: Tensor, rows: Tensor, times: StepTimes) -> Tensor:
         """Mixed logits [n, V] float32 of the packed rows [n, ...] of one slot, whose lambdas [n] are above 0."""
-        memory, text = self.loaded.get(slot), self.text
-        if memory is None or text is None:  # vLLM's profiling
+        if slot not in self.loaded or self.text is None:  # vLLM's profiling
             return logits.float()
         with times.part("ngram", logits.device):
-            contexts = [text.up_to(place, memory.order - 1) for place in places(rows).tolist()]
-            found = look_up(memory, contexts, logits.device)
+            found = self._found(slot, rows)
         with times.part("mixing", logits.device):
             return mix_sparse(logits, found.rows, found.tokens, found.probabilities, found.base_mass, lams)
+
+    def besides(self, rows: Tensor) -> list[Beside | None]:
+        """What each of the packed rows [n, ...] has beside its decoder; [] if no request of the step has anything."""
+        text = self.text
+        if text is None or not any(text.besides):
+            return []
+        return [text.beside(place) for place in places(rows).tolist()]
+
+    def mixed_beside(
+        self, besides: Sequence[Beside | None], logits: Tensor, own: Tensor, lams: Tensor, rows: Tensor, times: StepTimes
+    ) -> Tensor:
+        """Mixed logits [n, V] float32 of the rows of one decoder, whose logits are `own` [n, Vm]; some rows have an n-gram memory beside it."""
+        mixed = torch.empty_like(logits, dtype=torch.float32)
+        slots = torch.tensor([beside.slot if beside is not None else NO_DOMAIN for beside in besides])
+        alone = (slots == NO_DOMAIN).nonzero().squeeze(1).to(rows.device)
+        if len(alone):
+            with times.part("mixing", rows.device):
+                mixed[alone] = mix(logits[alone], own[alone], lams[alone])
+        for slot, index in positions_by_slot(slots, rows.device):
+            shares = [beside.shares for i in index.tolist() if (beside := besides[i]) is not None]
+            mixed[index] = self._mixed_both(slot, shares, logits[index], own[index], lams[index], rows[index], times)
+        return mixed
+
+    def _mixed_both(
+        self, slot: int, shares: Sequence[Shares], logits: Tensor, own: Tensor, lams: Tensor, rows: Tensor, times: StepTimes
+    ) -> Tensor:
+        """Mixed logits [n, V] float32 of rows with one decoder and one n-gram memory; `shares` [n] are each row's of its lambda."""
+        with times.part("ngram", logits.device):
+            found = self._found(slot, rows, [tuple(ngram for _, ngram in of_row[1:]) for of_row in shares])
+            decoder = [of_row[matched][0] for of_row, matched in zip(shares, found.matched, strict=True)]
+        with times.part("mixing", logits.device):
+            return mix_both(logits, own, found, lams, torch.tensor(decoder, dtype=torch.float64, device=logits.device))
+
+    def _found(self, slot: int, rows: Tensor, weights: Sequence[tuple[float, ...] | None] = ()) -> SparseRows:
+        """What a slot's memory says after the text of each packed row."""
+        memory, text = self.loaded[slot], self.text
+        contexts = [text.up_to(place, memory.order - 1) if text is not None else [] for place in places(rows).tolist()]
+        return look_up(memory, contexts, rows.device, weights)
 
 
 class StagedNgrams:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +11,37 @@ import torch
 from torch import Tensor
 
 from memdec.server.model.packing import tail
+from memdec.server.routing.domains import Shares
 
 NO_DOMAIN = 0  # the slot of requests that use the base alone; decoders have slots 1 to D, datastores D + 1 to D + S, n-grams those above
 
 NONE_KNOWN = torch.zeros(0, 0)
 """Hidden states of no tokens."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The n-gram memory that a decoder's request mixes in, too."""
+
+    slot: int
+    shares: Shares
+    """How the two share the request's lambda."""
+
+
+class Chosen(NamedTuple):
+    """What a request mixes in: a memory's slot (0: none), lambda, and what there is beside a decoder."""
+
+    slot: int
+    lam: float
+    beside: Beside | None = None
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """All slots that it uses."""
+        return (self.slot,) if self.beside is None else (self.slot, self.beside.slot)
+
+
+NOTHING = Chosen(NO_DOMAIN, 0.0)
 
 
 @dataclass(frozen=True)
@@ -26,6 +53,11 @@ class RowChoice:
     tokens: int
     known: int = 0
     """How many of these, counted from the first, the decoder has already run as drafts."""
+    beside: Beside | None = None
+
+    def looks_up(self, first_ngram: int) -> bool:
+        """Whether its n-grams are looked up, in its text; `first_ngram` is the lowest slot of n-gram memories."""
+        return self.slot >= first_ngram or self.beside is not None
 
 
 @dataclass(frozen=True)
@@ -98,10 +130,6 @@ class StepRouting:
     def uses_memory(self) -> bool:
         """Whether any token of the step has a memory."""
         return bool(self.groups)
-
-    def has_slot_from(self, first: int) -> bool:
-        """Whether any token has this slot, or a higher one."""
-        return bool(self.groups) and self.groups[-1].slot >= first
 
     @property
     def tail(self) -> Tensor:

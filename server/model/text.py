@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memdec.server.model.routing import Beside
+
 
 @dataclass(frozen=True)
 class StepText:
@@ -16,9 +18,19 @@ class StepText:
     """Position of that token in the request's own text."""
     read: Callable[[int, int, int], list[int]]
     """Request, position, end -> its tokens from that position to before the end; not beyond its last token in the step."""
+    besides: Sequence[Beside | None] = ()
+    """What each request has beside its decoder; empty: none has anything."""
+
+    def request(self, place: int) -> int:
+        """The request of the token that has this place in the step."""
+        return int(np.searchsorted(self.starts, place, side="right")) - 1
+
+    def beside(self, place: int) -> Beside | None:
+        """What the request of the token that has this place has beside its decoder."""
+        return self.besides[self.request(place)] if self.besides else None
 
     def up_to(self, place: int, most: int) -> list[int]:
         """The last `most` tokens of a request's text, up to the one that has this place in the step."""
-        request = int(np.searchsorted(self.starts, place, side="right")) - 1
+        request = self.request(place)
         end = self.positions[request] + place - self.starts[request] + 1
         return self.read(request, max(0, end - most), end)

@@ -21,21 +21,26 @@ class SparseRows:
     probabilities: Tensor
     """The sparse part s, [m] float32."""
     base_mass: Tensor
-    """The base's part r, [n] float32; 1 where the context was never seen."""
+    """The base's part r, [n] float64; 1 where the context was never seen."""
+    matched: Sequence[int]
+    """Length of each context's longest match, in tokens; [n]."""
 
 
-def look_up(memory: NgramMemory, contexts: Sequence[Sequence[int]], device: torch.device) -> SparseRows:
-    """Look up contexts, equal ones once: all choices of a prompt begin with the same."""
-    known: dict[tuple[int, ...], Continuations] = {}
+def look_up(
+    memory: NgramMemory, contexts: Sequence[Sequence[int]], device: torch.device, weights: Sequence[tuple[float, ...] | None] = ()
+) -> SparseRows:
+    """Look up contexts, equal ones once: all choices of a prompt begin with the same. `weights`: each context's own, instead of the memory's."""
+    known: dict[tuple[tuple[int, ...], tuple[float, ...] | None], Continuations] = {}
     looked_up = []
-    for context in contexts:
-        key = tuple(context)
+    for context, of_context in zip(contexts, weights or [None] * len(contexts), strict=True):
+        key = tuple(context), of_context
         if key not in known:
-            known[key] = memory.continuations(key)
+            known[key] = memory.continuations(*key)
         looked_up.append(known[key])
     counts = np.array([len(f.token_ids) for f in looked_up], np.int64)
     rows = np.arange(len(looked_up)).repeat(counts)
     tokens = np.concatenate([f.token_ids for f in looked_up]).astype(np.int64, copy=False)
     probabilities = np.concatenate([f.probabilities for f in looked_up]).astype(np.float32, copy=False)
-    mass = np.array([f.base_mass for f in looked_up], np.float32)
-    return SparseRows(*(torch.from_numpy(a).to(device) for a in (rows, tokens, probabilities, mass)))
+    mass = np.array([f.base_mass for f in looked_up], np.float64)
+    own_rows, own_tokens, own, left = (torch.from_numpy(a).to(device) for a in (rows, tokens, probabilities, mass))
+    return SparseRows(own_rows, own_tokens, own, left, [f.matched for f in looked_up])

@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 from memdec.server.errors import DomainNotAllowed, UnknownDomain
 from memdec.server.json_types import JsonObject
 
-DECODER, KNN, RAG, NGRAM, NONE = "decoder", "knn", "rag", "ngram", "none"
-MODES = (DECODER, KNN, RAG, NGRAM, NONE)
-MIXED = (DECODER, KNN, NGRAM)
+DECODER, KNN, RAG, NGRAM, BOTH, NONE = "decoder", "knn", "rag", "ngram", "both", "none"
+MODES = (DECODER, KNN, RAG, NGRAM, BOTH, NONE)
+MIXED = (DECODER, KNN, NGRAM, BOTH)
 """Modes whose distribution is mixed into the base's, with lambda, in the engine's step."""
+MEMORIES = {DECODER: (DECODER,), NGRAM: (NGRAM,), BOTH: (DECODER, NGRAM)}
+"""Modes whose memories may come and go -> the memories, whose slots a request keeps."""
+Shares = tuple[tuple[float, float], ...]
+"""The decoder's and the n-gram memory's share of lambda, by tokens of the longest match from 0 on; longer ones have the last. What is left is the base's."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,37 @@ class Datastore:
     def to_json(self) -> JsonObject:
         """The `datastore` object of an entry of /v1/domains."""
         return {"entries": self.entries, "lambda": self.lam, "size_bytes": self.size, "revision": self.revision}
+
+
+@dataclass(frozen=True)
+class Both:
+    """How a decoder and an n-gram memory are mixed in together, as `memdec ngram --beside` fitted it beside this base."""
+
+    decoder: str
+    """Revision of the decoder."""
+    lam: float
+    """Lambda of requests in mode `both` that name none: the weight of the two together, after the match where that is largest."""
+    shares: Shares
+    better: bool
+    """Whether the two together were better than each alone, on text that the shares were not fitted on."""
+    perplexity: dict[str, float]
+    """What was measured there; empty if documents were added or removed since."""
+
+    @classmethod
+    def of(cls, entry: JsonObject) -> "Both":
+        """From what `dataclasses.asdict` made of one."""
+        return cls(**{**entry, "shares": tuple((decoder, ngram) for decoder, ngram in entry["shares"])})
+
+    def to_json(self) -> JsonObject:
+        """The `both` object of an entry of /v1/domains."""
+        decoder, ngram = (list(own) for own in zip(*self.shares, strict=True))
+        return {
+            "lambda": self.lam,
+            "better": self.better,
+            "decoder_shares": decoder,
+            "ngram_shares": ngram,
+            "perplexity": self.perplexity or None,
+        }
 
 
 @dataclass(frozen=True)
@@ -49,6 +84,19 @@ class Ngrams:
     """Whether answers may name the documents that a token was seen in."""
     perplexity: dict[str, float]
     """Measured perplexities; empty if never measured."""
+    weights: tuple[float, ...] = ()
+    """Weight of the memory after a longest match of 1, 2, … tokens."""
+    beside: tuple[Both, ...] = ()
+    """What was fitted beside decoders and this base."""
+
+    @classmethod
+    def of(cls, entry: JsonObject) -> "Ngrams":
+        """From what `dataclasses.asdict` made of one."""
+        return cls(**{**entry, "weights": tuple(entry["weights"]), "beside": tuple(Both.of(one) for one in entry["beside"])})
+
+    def shared(self, share: float) -> Shares:
+        """Shares of lambda where this memory has `share` of it, whatever matches, and a decoder the rest."""
+        return ((1 - share, share), *((1 - share, share * weight) for weight in self.weights))
 
     def to_json(self) -> JsonObject:
         """The `ngram` object of an entry of /v1/domains."""
@@ -71,7 +119,7 @@ class Domain:
     name: str
     path: str
     lam: float
-    """Lambda of requests that name neither lambda nor mode."""
+    """Lambda of requests in mode `decoder` that name none."""
     tuned: bool
     """Whether `lam` was tuned beside this base."""
     revision: str
@@ -90,7 +138,10 @@ class Domain:
     def of(cls, entry: JsonObject) -> "Domain":
         """The domain that `dataclasses.asdict` made `entry` of."""
         store, ngrams = entry["datastore"], entry["ngrams"]
-        parts = {"datastore": Datastore(**store) if store is not None else None, "ngrams": Ngrams(**ngrams) if ngrams is not None else None}
+        parts = {
+            "datastore": Datastore(**store) if store is not None else None,
+            "ngrams": Ngrams.of(ngrams) if ngrams is not None else None,
+        }
         return cls(**{**entry, **parts})
 
     @classmethod
@@ -103,13 +154,34 @@ class Domain:
     def modes(self) -> tuple[str, ...]:
         """Modes that requests may name; the first is what a request gets that names none."""
         retrieved = (KNN, RAG) if self.datastore is not None else ()
-        return (*((DECODER,) if self.decoder else ()), *retrieved, *((NGRAM,) if self.ngrams is not None else ()), NONE)
+        counted = (NGRAM,) if self.ngrams is not None else ()
+        own = (*((DECODER,) if self.decoder else ()), *retrieved, *counted, *((BOTH,) if self.decoder and counted else ()), NONE)
+        return tuple(sorted(own, key=lambda mode: mode != BOTH)) if self.both is not None and self.both.better else own
 
-    def lambda_of(self, mode: str) -> float:
-        """Lambda of requests in a mode that name none."""
+    @property
+    def both(self) -> Both | None:
+        """What was fitted for exactly this decoder beside this n-gram memory and base; None: nothing."""
+        fitted = self.ngrams.beside if self.decoder and self.ngrams is not None else ()
+        return next((one for one in fitted if one.decoder == self.revision), None)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether lambda of the mode that requests get that name none was tuned beside this base."""
+        return self.tuned or self.modes[0] == BOTH
+
+    def lambda_of(self, mode: str) -> float | None:
+        """Lambda of requests in a mode that name none; None: they must name one."""
+        if mode == BOTH:
+            return self.both.lam if self.both is not None else None
         if mode == KNN and self.datastore is not None:
             return self.datastore.lam
         return self.ngrams.lam if mode == NGRAM and self.ngrams is not None else self.lam
+
+    def shares_of(self, share: float | None) -> Shares | None:
+        """How mode `both` shares lambda: as a request says, whose n-gram memory has `share` of it, or as fitted. None: neither."""
+        if share is not None and self.ngrams is not None:
+            return self.ngrams.shared(share)
+        return self.both.shares if self.both is not None else None
 
     def to_json(self) -> JsonObject:
         """One entry of /v1/domains."""
@@ -117,8 +189,8 @@ class Domain:
             "id": self.name,
             "object": "domain",
             "name": self.name,
-            "lambda": self.lam,
-            "lambda_tuned": self.tuned,
+            "lambda": self.lambda_of(self.modes[0]),
+            "lambda_tuned": self.is_tuned,
             "modes": list(self.modes),
             "revision": self.revision,
             "size_bytes": self.size,
@@ -126,6 +198,7 @@ class Domain:
             "perplexity": self.perplexity or None,
             "datastore": self.datastore.to_json() if self.datastore is not None else None,
             "ngram": self.ngrams.to_json() if self.ngrams is not None else None,
+            "both": self.both.to_json() if self.both is not None else None,
         }
 
 

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memdec.server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, NoSuchMemory, RequestError
-from memdec.server.routing.domains import DECODER, KNN, MIXED, MODES, NGRAM, NONE, RAG, Domain, Domains
+from memdec.server.routing.domains import BOTH, DECODER, KNN, MIXED, MODES, NGRAM, NONE, RAG, Domain, Domains, Shares
 
 FIELDS = ("domain", "lambda", "memory")  # body fields; the headers are X-Domain, X-Lambda and X-Memory
-STRIDE, SOURCES = "rag_stride", "memory_sources"  # body fields
-MISSING = {DECODER: "decoder", KNN: "datastore", RAG: "datastore", NGRAM: "n-gram memory"}  # what a mode needs
+STRIDE, SOURCES, SHARE = "rag_stride", "memory_sources", "ngram_share"  # body fields
+MISSING = {  # what a mode needs
+    DECODER: "decoder", KNN: "datastore", RAG: "datastore", NGRAM: "n-gram memory", BOTH: "pair of decoder and n-gram memory",
+}  # fmt: skip
 LONGEST_STRIDE = 1_000_000  # tokens; longer than any context, so the same as one retrieval
 
 
@@ -24,6 +26,8 @@ class Selection:
     """With `rag`: tokens between retrievals; 0: once."""
     sources: bool = False
     """With `ngram`: whether the answer names the documents that its tokens were seen in."""
+    shares: Shares = ()
+    """With `both`: how the two memories share lambda."""
 
     @property
     def mixed(self) -> bool:
@@ -60,6 +64,7 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
     lam = _lambda(given["lambda"])
     stride = _stride(body.get(STRIDE), domain, mode)
     sources = _sources(body.get(SOURCES), domain, mode, lam)
+    share = _share(body.get(SHARE), domain, mode, lam)
     if domain is None:
         if lam is not None:
             raise RequestError(f"lambda was given without a domain. Add one of: {', '.join(domains.names)}.", "lambda")
@@ -68,10 +73,13 @@ def select(domains: Domains, model: str | None, headers: Mapping[str, Sequence[s
         if lam is not None:
             raise RequestError(f"lambda has no meaning with memory {mode!r}, which mixes nothing. Leave it out.", "lambda")
         return Selection(domain, mode, 0.0, stride)
+    shares = _shares(domain, share) if mode == BOTH else ()
     used = domain.lambda_of(mode) if lam is None else lam
-    return Selection(
-        domain, mode if used else NONE, used, sources=sources
-    )  # lambda 0 is the base alone, so the response headers say mode none
+    if used is None:
+        raise RequestError(f"lambda was never tuned for memory 'both' of domain {domain.name!r}. Name it beside {SHARE}.", "lambda")
+    if not used:  # the base alone, so the response headers say mode none
+        return Selection(domain, NONE, used)
+    return Selection(domain, mode, used, sources=sources, shares=shares)
 
 
 def _collect(field: str, headers: Mapping[str, Sequence[str]], body: Mapping[str, object]) -> list[Given]:
@@ -134,6 +142,31 @@ def _sources(value: object, domain: Domain | None, mode: str, lam: float | None)
     return True
 
 
+def _share(value: object, domain: Domain | None, mode: str, lam: float | None) -> float | None:
+    if value is None:
+        return None
+    if not _is_fraction(value):
+        raise RequestError(f"{SHARE} is {_shown(value)}. It must be a number from 0 to 1.", SHARE)
+    if domain is None:
+        raise RequestError(f"{SHARE} needs memory 'both' and a domain, and none was chosen.", SHARE)
+    if mode != BOTH:
+        raise RequestError(f"{SHARE} needs memory 'both', and this request's memory is {mode!r}.", SHARE)
+    if lam == 0:
+        raise RequestError(f"{SHARE} has no meaning with lambda 0, which mixes nothing. Leave one of them out.", SHARE)
+    return float(value)
+
+
+def _shares(domain: Domain, share: float | None) -> Shares:
+    """How mode `both` shares lambda. Raises BadMode where nothing says so."""
+    shares = domain.shares_of(share)
+    if shares is None:
+        raise BadMode(
+            f"memory 'both': nobody has measured how the decoder and the n-gram memory of domain {domain.name!r} go together. "
+            f"Name {SHARE} and lambda, or have memdec ngram --beside fit them."
+        )
+    return shares
+
+
 def _lambda(given: list[Given]) -> float | None:
     values = [_number(choice) for choice in given]
     if len(set(values)) > 1:
@@ -147,9 +180,14 @@ def _number(choice: Given) -> float:
     if isinstance(value, str) and choice.source.startswith("header"):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # also false for NaN
+    if not _is_fraction(value):
         raise BadLambda(f"lambda is {_shown(choice.value)} ({choice.source}). It must be a number from 0 to 1.")
     return float(value) or 0.0  # -0.0 is 0.0
+
+
+def _is_fraction(value: object) -> bool:
+    """False for NaN, too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _require_agreement(field: str, given: list[Given]) -> None:

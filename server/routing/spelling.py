@@ -5,9 +5,9 @@ from difflib import SequenceMatcher
 from itertools import islice
 
 from memdec.server.errors import RequestError
-from memdec.server.routing.selection import FIELDS, SOURCES, STRIDE
+from memdec.server.routing.selection import FIELDS, SHARE, SOURCES, STRIDE
 
-NAMES = (*FIELDS, STRIDE, SOURCES)
+NAMES = (*FIELDS, STRIDE, SOURCES, SHARE)
 SHORT = {"lam": "lambda", "λ": "lambda"}  # share too few letters with what they mean
 ALIKE = 0.75  # the least ratio, as difflib has it, for two names to count as alike
 LOOKED_AT = 64  # unknown names that are compared in a request; each takes up to some 100 µs

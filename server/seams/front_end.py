@@ -64,7 +64,7 @@ SEAMS = (
          parameters=("self", "req_state", "finish_reason", "iteration_stats"), complete=True),
     Seam(f"{OUTPUTS}.do_tracing", Kind.OVERRIDE, ("engine/timed_outputs.py", "engine/tracing.py"), "mode and domain on the spans", "silently: spans without mode and domain", "vLLM's spans carry a request's extra arguments",
          parameters=("self", "engine_core_output", "req_state", "iteration_stats"), complete=True),
-    Seam("vllm.v1.engine.output_processor:RequestState", Kind.WRITE, ("engine/client.py", "engine/timed_outputs.py"), "our attributes lie on its objects: memory_label, memory_segment, memory_slot", USED, "as above", without=("__slots__",)),
+    Seam("vllm.v1.engine.output_processor:RequestState", Kind.WRITE, ("engine/client.py", "engine/timed_outputs.py"), "our attributes lie on its objects: memory_label, memory_segment, memory_slots", USED, "as above", without=("__slots__",)),
     Seam("vllm.entrypoints.launchers.launcher:serve_http", Kind.READ, ("launch/running.py",), "a signal shuts the engine down before the HTTP server", "silently: clients would be cut off at once", "never",
          in_order=("engine_client.shutdown", "server.should_exit = True")),
     Seam("vllm.entrypoints.launchers.launcher:setup_server", Kind.READ, ("launch/running.py",), "the socket is bound before the engine starts", USED, "never", accepts=("reuse_port",)),

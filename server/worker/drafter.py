@@ -93,7 +93,7 @@ class MemoryDrafter:
         `sampled_token_ids` are the step's new tokens, already appended to `token_ids_cpu` [requests, context], of which the first
         `num_tokens_no_spec` [requests] are valid.
         """
-        if not any(self._request(row).memory[0] for row in range(len(sampled_token_ids))):
+        if not any(self._request(row).memory.slot for row in range(len(sampled_token_ids))):
             self.seen, self.looked_up, self.ended = {}, {}, 0.0
             return [[] for _ in sampled_token_ids]
         self._learn(sampled_token_ids)
@@ -105,7 +105,7 @@ class MemoryDrafter:
             if length and self._drafter(self._request(row)) == NGRAM:
                 drafts[row] = self._look_up(row, length, token_ids_cpu[row, : num_tokens_no_spec[row]])
             elif length:
-                by_slot.setdefault(self._request(row).memory[0], []).append(row)
+                by_slot.setdefault(self._request(row).memory.slot, []).append(row)
         sampling: SamplingMetadata = self.runner.input_batch.sampling_metadata
         probabilities = None
         if by_slot and not sampling.all_greedy:
@@ -128,7 +128,7 @@ class MemoryDrafter:
     def _look_up(self, row: int, length: int, text: Numbers) -> list[int]:
         """What followed the longest match of a row's text in its n-gram memory, at most `length` tokens."""
         with self.model.times.part("drafting", self.runner.device):
-            draft: list[int] = self.model.ngrams.loaded[self._request(row).memory[0]].draft(text[-LOOKED_AT:].tolist(), length)
+            draft: list[int] = self.model.ngrams.loaded[self._request(row).memory.slot].draft(text[-LOOKED_AT:].tolist(), length)
         self.looked_up[self.runner.input_batch.req_ids[row]] = len(draft)
         return draft
 
@@ -159,8 +159,8 @@ class MemoryDrafter:
 
     @staticmethod
     def _kind(request: CachedRequestState) -> Hashable:
-        """A request's slot, and whether it has a grammar: requests that agree in both have about the same acceptance rate."""
-        return request.memory[0], _is_constrained(request)
+        """The slots of a request's memories, and whether it has a grammar: requests that agree in both have about the same acceptance rate."""
+        return request.memory.slots, _is_constrained(request)
 
     def known(self, request: str, position: int, tokens: Numbers) -> Tensor:
         """The decoder's hidden states of the first n of `tokens`, from `position` on, as far as they are what it ran while drafting: [n, H_memory]."""
@@ -186,7 +186,7 @@ class MemoryDrafter:
         asked = [row for row, limit in enumerate(limits) if limit and self.adaptive and row not in batch.generators]
         for row in asked:
             request = self._request(row)
-            self.lengths.begin(batch.req_ids[row], self._kind(request), request.memory[1])
+            self.lengths.begin(batch.req_ids[row], self._kind(request), request.memory.lam)
         for drafter in (DECODER, NGRAM):
             rows = [row for row in asked if self._drafter(self._request(row)) == drafter]
             names = [batch.req_ids[row] for row in rows]
@@ -197,7 +197,7 @@ class MemoryDrafter:
 
     def _drafter(self, request: CachedRequestState) -> str | None:
         """The kind of memory that drafts for a request; None if it has none that can."""
-        slot = request.memory[0]
+        slot = request.memory.slot
         if 0 < slot <= len(self.model.towers):
             return DECODER
         return NGRAM if slot in self.model.ngrams.loaded else None

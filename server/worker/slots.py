@@ -8,15 +8,19 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from memdec.server.choice import MemoryChoice
 from memdec.server.model.ngrams import StagedNgrams
-from memdec.server.model.routing import NO_DOMAIN
+from memdec.server.model.routing import NOTHING, Beside, Chosen
 from memdec.server.model.slots import StagedTower
+from memdec.server.routing.domains import BOTH, DECODER, NGRAM
 
 
-def chosen(choice: MemoryChoice | None, slots: Mapping[tuple[str, str], int]) -> tuple[int, float]:
-    """Slot and lambda of a request; `slots` are those at the start, by mode and domain."""
+def chosen(choice: MemoryChoice | None, slots: Mapping[tuple[str, str], int]) -> Chosen:
+    """What a request mixes in; `slots` are those at the start, by mode and domain."""
     if choice is None or not choice.mixed:
-        return NO_DOMAIN, 0.0
-    return choice.slot or slots[choice.mode, choice.domain], choice.lam
+        return NOTHING
+    if choice.mode != BOTH:
+        return Chosen(choice.slot or slots[choice.mode, choice.domain], choice.lam)
+    beside = Beside(choice.beside or slots[NGRAM, choice.domain], choice.shares)
+    return Chosen(choice.slot or slots[DECODER, choice.domain], choice.lam, beside)
 
 
 class HoldsSlots:
@@ -71,10 +75,10 @@ class HoldsSlots:
         worker: WorkerBase = self
         runner = worker.model_runner
         if isinstance(runner, GPUModelRunner):  # V1's, of CPUs too
-            memories = [getattr(request, "memory", (0, 0.0)) for request in runner.requests.values()]
+            memories = [getattr(request, "memory", NOTHING) for request in runner.requests.values()]
         else:
             memories = list(runner.model_state.chosen.values())
-        if any(used == slot for used, _ in memories):
+        if any(slot in used.slots for used in memories):
             return False
         runner.get_model().release(slot)
         return True

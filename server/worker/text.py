@@ -7,11 +7,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from memdec.server.model.routing import Beside
 from memdec.server.model.text import StepText
 from memdec.server.worker.forward_contexts import Numbers
 
 
-def text_of_v1(runner: GPUModelRunner, ends: Sequence[int]) -> StepText:
+def text_of_v1(runner: GPUModelRunner, ends: Sequence[int], besides: Sequence[Beside | None]) -> StepText:
     """The step's text from the V1 runner's table on the host; `ends`: place in the step of each request's first token, then the number of tokens."""
     batch = runner.input_batch
     positions = batch.num_computed_tokens_cpu[: len(ends) - 1].tolist()
@@ -23,7 +24,7 @@ def text_of_v1(runner: GPUModelRunner, ends: Sequence[int]) -> StepText:
         tokens: list[int] = batch.token_ids_cpu[request, first:end].tolist()
         return tokens
 
-    return StepText(ends[:-1], positions, read)
+    return StepText(ends[:-1], positions, read, besides)
 
 
 def _completed(runner: GPUModelRunner, ends: Sequence[int], positions: Sequence[int]) -> Callable[[int], None]:
@@ -46,7 +47,7 @@ def _completed(runner: GPUModelRunner, ends: Sequence[int], positions: Sequence[
     return complete
 
 
-def text_of_v2(input_batch: InputBatch, req_states: RequestState) -> StepText:
+def text_of_v2(input_batch: InputBatch, req_states: RequestState, besides: Sequence[Beside | None]) -> StepText:
     """The step's text from the V2 runner's table, which kernels write: each read of a row waits for the device."""
     table = req_states.all_token_ids.gpu
     indices = input_batch.idx_mapping_np.tolist()
@@ -57,4 +58,4 @@ def text_of_v2(input_batch: InputBatch, req_states: RequestState) -> StepText:
         tokens: list[int] = table[indices[request], first:end].tolist()
         return tokens
 
-    return StepText(starts, positions, read)
+    return StepText(starts, positions, read, besides)

@@ -87,7 +87,8 @@ class RoutesSteps:
         if self.last is None or self.last[0] != (rows, total, captured):
             self.last = (rows, total, captured), StepRouting.of(rows, total, runner.device, captured)
         routing = self.last[1]
-        runner.get_model().ngrams.text = text_of_v1(runner, ends) if routing.has_slot_from(self.first_ngram) else None
+        looks_up = any(row.looks_up(self.first_ngram) for row in rows)
+        runner.get_model().ngrams.text = text_of_v1(runner, ends, [row.beside for row in rows]) if looks_up else None
         more: dict[str, object] = {"routing": routing, "known": torch.cat([k for k in known if len(k)]) if len(routing.known) else None}
         decoders = len(runner.get_model().towers)
         parts = [group for group in routing.groups if group.slot <= decoders and group.tokens is not None and len(group.tokens)]
@@ -125,8 +126,8 @@ class RoutesSteps:
         """The routing of a request's tokens in this step. Its slot and lambda are read from its parameters once, and kept on it."""
         if not hasattr(request, "memory"):
             request.memory = chosen(MemoryChoice.of(request.sampling_params), self.slots)
-        slot, lam = request.memory
-        return RowChoice(slot, lam, tokens, known)
+        slot, lam, beside = request.memory
+        return RowChoice(slot, lam, tokens, known, beside)
 
 
 class RoutedCPUModelRunner(RoutesSteps, CPUModelRunner):

@@ -14,7 +14,7 @@ from memdec.server.choice import MemoryChoice
 from memdec.server.composite_spec import spec_of
 from memdec.server.model.attention import attention_names
 from memdec.server.model.composite import MemoryDecoderForCausalLM
-from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, RowChoice, StepRouting
+from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, NOTHING, Beside, Chosen, RowChoice, StepRouting
 from memdec.server.worker.forward_contexts import MemoryAttention
 from memdec.server.worker.slots import chosen
 from memdec.server.worker.text import text_of_v2
@@ -33,10 +33,10 @@ class MemoryModelState(DefaultModelState):
         self.slots, self.first_ngram = spec.first_slots, spec.first_ngram
         self.towers = len(model.towers)
         self.names = attention_names(model.towers)
-        self.looks_up = False
-        """Whether a request of the step has an n-gram memory."""
-        self.chosen: dict[str, tuple[int, float]] = {}
-        """Slot and lambda by request."""
+        self.besides: list[Beside | None] | None = None
+        """What the step's requests have beside their decoders; None: no request of the step has an n-gram memory."""
+        self.chosen: dict[str, Chosen] = {}
+        """By request."""
         self.step: dict[str, object] = {}
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.captures = model.stacked is not None or not len(model.towers)
@@ -72,12 +72,11 @@ class MemoryModelState(DefaultModelState):
             self.attention = MemoryAttention(self.vllm_config, attn_groups, self.names, self.device)
         starts = input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
         lengths = np.diff(starts).tolist()
-        rows = [
-            RowChoice(*self.chosen.get(name, (NO_DOMAIN, 0.0)), length) for name, length in zip(input_batch.req_ids, lengths, strict=False)
-        ]
+        chosen = [self.chosen.get(name, NOTHING) for name in input_batch.req_ids]
+        rows = [RowChoice(own.slot, own.lam, length, beside=own.beside) for own, length in zip(chosen, lengths, strict=False)]
         total = input_batch.num_tokens_after_padding
         routing = StepRouting.of(rows, total, self.device)
-        self.looks_up = routing.has_slot_from(self.first_ngram)
+        self.besides = [row.beside for row in rows] if any(row.looks_up(self.first_ngram) for row in rows) else None
         if cudagraph_mode == CUDAGraphMode.FULL:
             self.token_slots[:total] = routing.slots if routing.uses_memory else NO_DOMAIN
             self.token_lams[:total] = routing.lams if routing.uses_memory else 0
@@ -96,8 +95,8 @@ class MemoryModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, object]:
         """Further keyword arguments of the composite's forward. Profiling, which has no attention metadata, uses the base alone."""
         step, self.step = self.step or {"routing": BASE_ALONE}, {}
-        self.model.ngrams.text = text_of_v2(input_batch, req_states) if self.looks_up else None
-        self.looks_up = False
+        self.model.ngrams.text = text_of_v2(input_batch, req_states, self.besides) if self.besides is not None else None
+        self.besides = None
         return {**super().prepare_inputs(input_batch, req_states), **step}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, object]:

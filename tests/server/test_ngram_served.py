@@ -157,7 +157,7 @@ def models(toys: Path) -> Models:
 def test_n_grams_join_a_decoder_or_stand_alone(models: Models, packages: Path) -> None:
     """Slots, modes and the spec that workers read."""
     both = with_ngrams(models, [f"a={packages / 'a'}", f"c={packages / 'other'}"])
-    assert both.domains.find("a").modes == ("decoder", "ngram", "none") and both.domains.find("c").modes == ("ngram", "none")
+    assert both.domains.find("a").modes == ("decoder", "ngram", "both", "none") and both.domains.find("c").modes == ("ngram", "none")
     assert both.spec.first_slots == {("decoder", "a"): 1, ("ngram", "a"): 2, ("ngram", "c"): 3}
     assert both.domains.find("a").lambda_of("ngram") == 0.7
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from ngram_engine import entries, off
+from ngram_engine import EXACT, documents, entries, off, off_both
 from offline import Row, run
 from reference import CODE, FLOAT32, MIX, worst
 from tools import needs
@@ -63,4 +63,22 @@ def test_n_grams(stacked: bool, toys: Path, ngrams: dict[str, Path], tmp_path: P
     result = run(
         tmp_path, toys, "qwen", mix, changed=changed, traced=stacked, sampling={"prompt_logprobs": 1, "max_tokens": 8}, variables=V2
     )
+    assert off(toys, mix, result["rounds"][0]) <= FLOAT32
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_decoder_and_n_grams_in_one_mixture(stacked: bool, toys: Path, ngrams: dict[str, Path], tmp_path: Path) -> None:
+    """Beside each memory alone and the base; in the form of steps that are one CUDA graph, too."""
+    mix: list[Row] = [
+        (CODE * 3, "a", 0.6, "both", ((0.7, 0.1), *[(0.3, 0.7)] * 7)),
+        ("import os", "a", 1.0, "both", ((0.5, 0.5),) * 8),
+        (CODE, "a", 0.5, "ngram"),
+        (CODE, None, 0.0),
+        (CODE, "a", 0.5, "decoder"),
+    ]
+    result = run(
+        tmp_path, toys, "qwen", mix, changed={"ngrams": entries({"a": ngrams["a"]}), "stacked": stacked}, traced=stacked,
+        sampling={"prompt_logprobs": 1, "max_tokens": 8}, variables=V2,
+    )  # fmt: skip
+    assert off_both(toys, mix, result["rounds"][0], {"a": documents(toys)}) <= EXACT
     assert off(toys, mix, result["rounds"][0]) <= FLOAT32

@@ -2,7 +2,8 @@
 
 vLLM computes logits in several places (sampled tokens, prompt log-probabilities, chunks of prompts) from rows of what `forward`
 returned. So a row is [h_base | h_mem | tail], and the tail is nine columns that hold one byte each, as an integer from 0 to
-255: four for the float32 lambda, two for the slot, three for the token's place in the step, which leads to the text before it.
+255: four for the float32 lambda, two for the slot, three for the token's place in the step, which leads to the text before it,
+and to the n-gram memory that its request has beside a decoder (see memdec.server.model.text).
 bfloat16 holds integers exactly up to 256, so the round trip is exact in every dtype that vLLM serves.
 """
 

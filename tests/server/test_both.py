@@ -111,12 +111,11 @@ def test_cached_prompts_preemption_and_several_answers(toys: Path, ngrams: dict[
     ]
     result = run(
         tmp_path, toys, "qwen", mix, changed={"ngrams": entries(paths(ngrams))}, rounds=2, num_gpu_blocks_override=8, disable_log_stats=False,
-        sampling={"max_tokens": 100, "n": 2},
+        sampling={"max_tokens": 100, "n": 2, "temperature": 1.0, "seed": 3},
     )  # fmt: skip
     assert result["preemptions"] > 0
     for records in result["rounds"]:
         assert off_both(toys, mix, records, counted(toys)) <= EXACT
-        assert all(record["samples"][0] == record["samples"][1] for record in records)
     assert any(record["cached"] for record in result["rounds"][1][:3])
 
 
@@ -250,8 +249,8 @@ def test_at_the_door(http: httpx.Client, toys: Path) -> None:
     assert memory(chat(http, domain="a"))["mode"] == "both"
     stream = ask(http, domain="a", stream=True, **asked).text
     assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in stream.splitlines() if line.startswith("data: {")) == text(plain)
-    pair = ask(http, domain="a", n=2, **asked).json()["choices"]
-    assert [choice["text"] for choice in pair] == [text(plain)] * 2
+    twice = [ask(http, domain="a", n=2, temperature=1.0, seed=3, **asked).json()["choices"] for _ in range(2)]
+    assert twice[0] == twice[1] and len(twice[0]) == 2
     assert memory(ask(http, domain="a", lam=0, **asked))["mode"] == "none"
     entry = http.get("/v1/domains/a").json()
     assert entry["modes"] == ["both", "decoder", "ngram", "none"] and entry["lambda"] == 0.8 and entry["lambda_tuned"]
@@ -276,7 +275,7 @@ def test_what_is_refused(http: httpx.Client) -> None:
     refused(ask(http, domain="a", memory_sources=True), 400, "memory_sources")
     assert text(ask(http, domain="a", memory="ngram", memory_sources=True)) is not None
     refused(ask(http, domain="a", memory="both", use_beam_search=True, n=2), 400, "use_beam_search")
-    refused(ask(http, domain="a", vllm_xargs={"memory_shares": [0.5]}), 400, "vllm_xargs")
+    assert "memory_beside" in refused(ask(http, domain="a", vllm_xargs={"memory_beside": 4}), 400)
 
 
 @pytest.mark.engine

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ngram_package import build_package, write_corpus
 
 from memdec.cli import main
 from memdec.decoders.ngram_beside import best_weights, fit_together
@@ -15,6 +16,19 @@ from memdec.decoders.reading.errors import PackageError
 from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.weights import fingerprint_model
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ready-made splits, from the standard library's own files."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def built(corpus: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package made by the command."""
+    return build_package(corpus, toys, tmp_path_factory.mktemp("built") / "code")
+
 
 RANDOM = np.random.default_rng(5)
 TOKENS = 4000

@@ -5,13 +5,13 @@ import re
 import resource
 import shlex
 import shutil
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ngram_package import LIBRARY, build_package, write_corpus
 from ngrams import Reference, make_memory
 
 from memdec.cli import _parser, main
@@ -24,7 +24,17 @@ from memdec.decoders.reading.ngram_folder import LAMBDAS, index_folder, open_or_
 from memdec.decoders.reading.ngram_index import Vocabulary
 from memdec.decoders.reading.tokenizer import end_of_document, load_tokenizer
 
-LIBRARY = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[40:80]
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ready-made splits, from the standard library's own files; train holds a document in a file of its own."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def built(corpus: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package made by the command."""
+    return build_package(corpus, toys, tmp_path_factory.mktemp("built") / "code")
 
 
 def rows_of(memory: NgramMemory) -> Iterator[tuple[str, list[int]]]:

@@ -39,7 +39,9 @@ class Shadows:
         if self.engine.draining or self.random.random() >= self.rate or not isinstance(prompt, dict) or prompt.get("type") != "token":
             return
         replay = {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "cache_salt": self.salt}
-        for mode, lam in self.baselines.get(choice.domain, ((NONE, 0.0),)):  # a domain that was loaded later is compared with the base alone
+        for mode, lam in self.baselines.get(
+            choice.domain, ((NONE, 0.0),)
+        ):  # a domain that was loaded later is compared with the base alone
             if mode == choice.mode:
                 continue
             if self.queue.full():

@@ -249,8 +249,7 @@ class MemoryDecoderForCausalLM(nn.Module):
         if slot > len(self.towers) + len(self.stores):
             return self.ngrams.mixed(slot, logits, lams, rows, self.times)
         own = self._memory_logits(slot, hidden, memory, logits.shape[-1])
-        besides = self.ngrams.besides(rows) if slot <= len(self.towers) else []
-        if any(besides):
+        if any(besides := self.ngrams.besides(rows)):
             return self.ngrams.mixed_beside(besides, logits, own, lams, rows, self.times)
         with self.times.part("mixing", hidden.device):
             return mix(logits, own, lams)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from memdec.server.errors import BadLambda, BadMode, ConflictingChoice, NoDatastore, NoSuchMemory, RequestError
 from memdec.server.routing.domains import BOTH, DECODER, KNN, MIXED, MODES, NGRAM, NONE, RAG, Domain, Domains, Shares
@@ -185,7 +186,7 @@ def _number(choice: Given) -> float:
     return float(value) or 0.0  # -0.0 is 0.0
 
 
-def _is_fraction(value: object) -> bool:
+def _is_fraction(value: object) -> TypeGuard[float]:
     """False for NaN, too."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 

@@ -111,7 +111,7 @@ def test_cached_prompts_preemption_and_several_answers(toys: Path, ngrams: dict[
     ]
     result = run(
         tmp_path, toys, "qwen", mix, changed={"ngrams": entries(paths(ngrams))}, rounds=2, num_gpu_blocks_override=8, disable_log_stats=False,
-        sampling={"max_tokens": 100, "n": 2, "temperature": 1.0, "seed": 3},
+        sampling={"max_tokens": 100, "n": 2, "temperature": 1.0},
     )  # fmt: skip
     assert result["preemptions"] > 0
     for records in result["rounds"]:

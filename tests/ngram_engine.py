@@ -94,11 +94,12 @@ def off_both(toys: Path, mix: Sequence[Row], records: list[dict[str, Any]], text
 
 @torch.inference_mode()
 def logs(folder: Path, ids: list[int]) -> list[float]:
-    """A toy's log-probability of each token after the first, over the ids that base and decoders share."""
-    model = hugging_face(folder, torch.float32)
-    logits = model(torch.tensor([ids])).logits[0, :-1].double()
-    found: list[float] = logits.log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
-    return found
+    """A toy's log-probability of each token after the first; -inf of ids that it doesn't have, which are the base's padding."""
+    model, whole = hugging_face(folder, torch.float32), torch.tensor(ids)
+    tokens = whole.clamp(max=model.config.vocab_size - 1)  # as the server reads them
+    logs = model(tokens[None]).logits[0, :-1].double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    known: list[float] = logs.masked_fill(whole[1:] != tokens[1:], -math.inf).tolist()
+    return known
 
 
 def probability(reference: Reference, context: list[int], token: int, p: float) -> float:

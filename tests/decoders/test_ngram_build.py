@@ -322,7 +322,7 @@ def test_the_guides_commands_parse() -> None:
     """Those of docs/ngram.md."""
     guide = (Path(__file__).parents[2] / "docs" / "ngram.md").read_text()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", guide, re.S) for line in block.splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         words = shlex.split(line)[1:]
         _parser(words[0]).parse_args(words)

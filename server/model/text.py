@@ -20,6 +20,8 @@ class StepText:
     """Request, position, end -> its tokens from that position to before the end; not beyond its last token in the step."""
     besides: Sequence[Beside | None] = ()
     """What each request has beside its decoder; empty: none has anything."""
+    early: bool = True
+    """Whether the host has the tokens before the forward pass; otherwise reading them waits for the device."""
 
     def request(self, place: int) -> int:
         """The request of the token that has this place in the step."""

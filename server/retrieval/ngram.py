@@ -1,6 +1,6 @@
 """N-gram memories in the engine's step: p_ngram = s + r * p_base, where s is sparse and looked up on the host, by the text before each row."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from memdec.decoders.reading.ngram import Continuations, NgramMemory
+
+Weights = tuple[float, ...]
+"""Kappa by length of the longest match, in place of the memory's own."""
+Known = MutableMapping[tuple[tuple[int, ...], Weights | None], Continuations]
+"""One memory's distributions, by context and weights."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,12 @@ class SparseRows:
 
 
 def look_up(
-    memory: NgramMemory, contexts: Sequence[Sequence[int]], device: torch.device, weights: Sequence[tuple[float, ...] | None] = ()
+    memory: NgramMemory, contexts: Sequence[Sequence[int]], device: torch.device, known: Known, weights: Sequence[Weights | None] = ()
 ) -> SparseRows:
-    """Look up contexts, equal ones once: all choices of a prompt begin with the same. `weights`: each context's own, instead of the memory's."""
-    known: dict[tuple[tuple[int, ...], tuple[float, ...] | None], Continuations] = {}
+    """Look up the contexts that aren't `known`, equal ones once: all choices of a prompt begin with the same.
+
+    `weights`: each context's own, instead of the memory's.
+    """
     looked_up = []
     for context, of_context in zip(contexts, weights or [None] * len(contexts), strict=True):
         key = tuple(context), of_context

@@ -24,7 +24,7 @@ def text_of_v1(runner: GPUModelRunner, ends: Sequence[int], besides: Sequence[Be
         tokens: list[int] = batch.token_ids_cpu[request, first:end].tolist()
         return tokens
 
-    return StepText(ends[:-1], positions, read, besides)
+    return StepText(ends[:-1], positions, read, besides, early=complete is None)
 
 
 def _completed(runner: GPUModelRunner, ends: Sequence[int], positions: Sequence[int]) -> Callable[[int], None]:
@@ -58,4 +58,4 @@ def text_of_v2(input_batch: InputBatch, req_states: RequestState, besides: Seque
         tokens: list[int] = table[indices[request], first:end].tolist()
         return tokens
 
-    return StepText(starts, positions, read, besides)
+    return StepText(starts, positions, read, besides, early=table.device.type == "cpu")

@@ -88,7 +88,9 @@ class RoutesSteps:
             self.last = (rows, total, captured), StepRouting.of(rows, total, runner.device, captured)
         routing = self.last[1]
         looks_up = any(row.looks_up(self.first_ngram) for row in rows)
-        runner.get_model().ngrams.text = text_of_v1(runner, ends, [row.beside for row in rows]) if looks_up else None
+        text = text_of_v1(runner, ends, [row.beside for row in rows]) if looks_up else None
+        drafted = 0 if runner.speculative_config is None else runner.speculative_config.num_speculative_tokens
+        runner.get_model().ngrams.begin(text, rows, 1 + drafted)
         more: dict[str, object] = {"routing": routing, "known": torch.cat([k for k in known if len(k)]) if len(routing.known) else None}
         decoders = len(runner.get_model().towers)
         parts = [group for group in routing.groups if group.slot <= decoders and group.tokens is not None and len(group.tokens)]

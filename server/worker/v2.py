@@ -14,7 +14,7 @@ from memdec.server.choice import MemoryChoice
 from memdec.server.composite_spec import spec_of
 from memdec.server.model.attention import attention_names
 from memdec.server.model.composite import MemoryDecoderForCausalLM
-from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, NOTHING, Beside, Chosen, RowChoice, StepRouting
+from memdec.server.model.routing import BASE_ALONE, NO_DOMAIN, NOTHING, Chosen, RowChoice, StepRouting
 from memdec.server.worker.forward_contexts import MemoryAttention
 from memdec.server.worker.slots import chosen
 from memdec.server.worker.text import text_of_v2
@@ -33,8 +33,8 @@ class MemoryModelState(DefaultModelState):
         self.slots, self.first_ngram = spec.first_slots, spec.first_ngram
         self.towers = len(model.towers)
         self.names = attention_names(model.towers)
-        self.besides: list[Beside | None] | None = None
-        """What the step's requests have beside their decoders; None: no request of the step has an n-gram memory."""
+        self.rows: list[RowChoice] = []
+        """What the step's requests mix in; empty: none of them has an n-gram memory."""
         self.chosen: dict[str, Chosen] = {}
         """By request."""
         self.step: dict[str, object] = {}
@@ -76,7 +76,7 @@ class MemoryModelState(DefaultModelState):
         rows = [RowChoice(own.slot, own.lam, length, beside=own.beside) for own, length in zip(chosen, lengths, strict=False)]
         total = input_batch.num_tokens_after_padding
         routing = StepRouting.of(rows, total, self.device)
-        self.besides = [row.beside for row in rows] if any(row.looks_up(self.first_ngram) for row in rows) else None
+        self.rows = rows if any(row.looks_up(self.first_ngram) for row in rows) else []
         if cudagraph_mode == CUDAGraphMode.FULL:
             self.token_slots[:total] = routing.slots if routing.uses_memory else NO_DOMAIN
             self.token_lams[:total] = routing.lams if routing.uses_memory else 0
@@ -95,8 +95,8 @@ class MemoryModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, object]:
         """Further keyword arguments of the composite's forward. Profiling, which has no attention metadata, uses the base alone."""
         step, self.step = self.step or {"routing": BASE_ALONE}, {}
-        self.model.ngrams.text = text_of_v2(input_batch, req_states, self.besides) if self.besides is not None else None
-        self.besides = None
+        rows, self.rows = self.rows, []
+        self.model.ngrams.begin(text_of_v2(input_batch, req_states, [row.beside for row in rows]) if rows else None, rows)
         return {**super().prepare_inputs(input_batch, req_states), **step}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, object]:

@@ -46,7 +46,7 @@ growth: install-dev $(CACHE)/retrieval/python/retrieval.json  ## milliseconds pe
 	$(QUIET) $(BIN)/python loadtest/growth.py $(GROWTH)
 
 test: install-dev check  ## every check and test, in two processes: most of a test is one core's start-up
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: install-dev  ## the tests that start no engine
 	$(BIN)/python -m pytest -m unit -n $(WORKERS) --dist loadfile

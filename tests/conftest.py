@@ -72,11 +72,19 @@ def stop_server(server: Server, wait: float = 60) -> int:
         raise
 
 
+TIERS = ("slow", "engine", "unit")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test has a tier; most are units."""
+    """Every test has a tier; most are units. Files with slow tests come first, so that two test processes end at about the same time."""
     for item in items:
-        if not any(item.get_closest_marker(tier) for tier in ("engine", "slow")):
+        if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker("unit")
+    first: dict[Path, int] = {}
+    for item in items:
+        tier = next(i for i, name in enumerate(TIERS) if item.get_closest_marker(name))
+        first[item.path] = min(tier, first.get(item.path, tier))
+    items.sort(key=lambda item: first[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,9 @@ from memdec.decoders.models import load_model
 from memdec.decoders.near_duplicates import Cleaned
 from memdec.decoders.perplexity import perplexity
 from memdec.decoders.reading.datastore import Datastore
+from memdec.decoders.reading.package import Package
 from memdec.decoders.reading.passages import Passages, RagOptions
+from memdec.decoders.reading.shared_tensors import completed
 from memdec.decoders.reading.tokenizer import load_tokenizer, require_same_token_map, token_map_hash
 from memdec.decoders.reading.weights import fingerprint_model
 from memdec.decoders.study import latency
@@ -78,7 +80,7 @@ class Study:
         work, budget, without = build.work, self.plan.bases[label], domain.without
         base, tokens = budget.path, work / "tokens"
         teacher, store, control = (None, None, None) if domain.decoder else (work / "teacher", work / "datastore", build.control(tokens))
-        decoder = domain.decoder or work / "decoder"
+        decoder = completed(Package.open(domain.decoder), self._first, work).path if domain.decoder else work / "decoder"
         require_same_token_map(load_tokenizer(base), load_tokenizer(decoder), str(decoder))
         source: Manifest = {"tokens": fingerprint(read_manifest(tokens)["inputs"]), "base": fingerprint_model(base)}
 

@@ -126,6 +126,8 @@ def _fill_models(args: Namespace, models: Models) -> None:
     args.hf_overrides = {**(args.hf_overrides or {}), **models.overrides()}
     if models.domains.all:
         args.worker_cls = worker_class()
+    elif not torch.cuda.is_available() and args.worker_cls == "auto":
+        args.worker_cls = "memdec.server.worker.seeds.SeededCPUWorker"
 
 
 FAIR = "memdec.server.worker.fair.fair_scheduler"  # not imported: it is the engine's process that needs it

@@ -11,7 +11,7 @@ SEAMS = (
     Seam(V1, Kind.NAME, DRAFTER, "makes a proposer of method custom_class, and asks it for drafts", STARTS, PROPOSER, source=("self.drafter = create_custom_proposer(", "self.drafter).propose(")),
     Seam(f"{V1}._get_spec_decode_draft_probs", Kind.WRITE, DRAFTER, "_draft_probs and _draft_prob_req_ids: the drafts' probabilities, for vLLM's rejection sampler", "loudly, at the first sampled draft", PROPOSER,
          source=("self._draft_probs[row_idx, :num_draft]", "self._draft_prob_req_ids")),
-    Seam(f"{V1}._sample", Kind.OVERRIDE, ("worker/v1.py",), "a step without drafts samples as without speculation", SLOWER, "vLLM does so itself", parameters=("self", "logits", "spec_decode_metadata"), complete=True),
+    Seam(f"{V1}._sample", Kind.OVERRIDE, ("worker/v1.py", "worker/seeds.py"), "a step without drafts samples as without speculation, and seeds are put back (see _bookkeeping_sync)", SLOWER, "vLLM does so itself", parameters=("self", "logits", "spec_decode_metadata"), complete=True),
     Seam(f"{V1}._calc_spec_decode_metadata", Kind.OVERRIDE, ("worker/v1.py",), "the same for what is to be verified", SLOWER, "vLLM does so itself", parameters=("self", "num_draft_tokens", "cu_num_scheduled_tokens")),
     Seam("vllm.v1.spec_decode.metadata:SpecDecodeMetadata", Kind.READ, ("worker/v1.py",), "made empty", USED, "vLLM does so itself", accepts=("num_draft_tokens", "logits_indices"), source=("self.max_spec_len",)),
     Seam(f"{V1}._input_fits_in_drafter", Kind.OVERRIDE, ("worker/v1.py",), "the drafter bounds each request itself; vLLM would stop for all near one's end", SLOWER, "vLLM decides by request", parameters=("self", "common_attn_metadata"), complete=True),

@@ -14,9 +14,11 @@ V2_USE = "never: a model's own ModelState is vLLM's official interface (see get_
 
 SEAMS = (
     # V1: the runner is a subclass, which the workers build.
-    Seam("vllm.v1.worker.cpu_worker:CPUWorker.init_device", Kind.OVERRIDE, ("worker/v1.py",), "builds its runner by a module-level name, in whose place ours stands meanwhile", STARTS, f"a method like the CUDA worker's; or {ONE_RUNNER}",
+    Seam("vllm.v1.worker.cpu_worker:CPUWorker.init_device", Kind.OVERRIDE, ("worker/v1.py", "worker/seeds.py"), "builds its runner by a module-level name, in whose place ours stands meanwhile", STARTS, f"a method like the CUDA worker's; or {ONE_RUNNER}",
          parameters=("self",), complete=True, source=("self.model_runner = CPUModelRunner(self.vllm_config",)),
-    Seam("vllm.v1.worker.cpu_worker:CPUModelRunner", Kind.WRITE, ("worker/v1.py",), "that name", STARTS, "as above"),
+    Seam("vllm.v1.worker.cpu_worker:CPUModelRunner", Kind.WRITE, ("worker/v1.py", "worker/seeds.py"), "that name", STARTS, "as above"),
+    Seam(f"{V1}._bookkeeping_sync", Kind.OVERRIDE, ("worker/seeds.py",), "takes back what a seeded request drew for a discarded token by an offset that generators of CPUs don't have", "loudly: the engine ends at a seed with a divided prompt", "it puts back the generator's state",
+         source=("gen.set_offset(gen.get_offset() - 4)", "self.discard_request_mask.np[:num_reqs]", "self.input_batch.generators.get(")),
     Seam("vllm.v1.worker.gpu_worker:Worker._make_model_runner", Kind.OVERRIDE, ("worker/v1.py",), "builds our V1 runner", "silently: vLLM's own runner would route nothing, and the composite fail at its first keyword", ONE_RUNNER,
          parameters=("self",), complete=True),
     Seam("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", Kind.OVERRIDE, ("worker/v1.py",), "leaves memory for decoders that will be loaded into empty slots", "silently: too large a KV cache", "a model may say what memory it will want", parameters=("self",), complete=True),

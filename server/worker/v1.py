@@ -5,9 +5,6 @@ which is the only seam there is.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +30,7 @@ from memdec.server.model.routing import NONE_KNOWN, RowChoice, StepRouting
 from memdec.server.routing.domains import DECODER, NGRAM
 from memdec.server.worker import expand
 from memdec.server.worker.forward_contexts import Numbers, RunnerAttention
+from memdec.server.worker.seeds import RewindsSeeds, replaced
 from memdec.server.worker.slots import HoldsSlots, chosen
 from memdec.server.worker.text import text_of_v1
 
@@ -132,22 +130,12 @@ class RoutesSteps:
         return RowChoice(slot, lam, tokens, known, beside)
 
 
-class RoutedCPUModelRunner(RoutesSteps, CPUModelRunner):
+class RoutedCPUModelRunner(RoutesSteps, RewindsSeeds, CPUModelRunner):
     """vLLM's V1 CPU runner with routing."""
 
 
 class RoutedGPUModelRunner(RoutesSteps, GPUModelRunner):
     """vLLM's V1 CUDA runner with routing."""
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    original = getattr(module, name)
-    overwrite(module, name, value)
-    try:
-        yield
-    finally:
-        overwrite(module, name, original)
 
 
 class TellsTimes:
@@ -173,7 +161,7 @@ class CPUMemoryWorker(HoldsSlots, TellsTimes, cpu_worker.CPUWorker):
         """Build the routed runner where vLLM would build its own."""
         if self.vllm_config.speculative_config is not None:
             expand.install()
-        with _replaced(cpu_worker, "CPUModelRunner", RoutedCPUModelRunner):
+        with replaced(cpu_worker, "CPUModelRunner", RoutedCPUModelRunner):
             super().init_device()
 
 

@@ -74,7 +74,7 @@ class NgramMemories:
             return mix_sparse(logits, found.rows, found.tokens, found.probabilities, found.base_mass, lams)
 
     def besides(self, rows: Tensor) -> list[Beside | None]:
-        """What each of the packed rows [n, ...] has beside its decoder; [] if no request of the step has anything."""
+        """The n-gram memory that each of the packed rows [n, ...] mixes in besides its decoder; [] if no request of the step has mode `both`."""
         text = self.text
         if text is None or not any(text.besides):
             return []
@@ -83,7 +83,7 @@ class NgramMemories:
     def mixed_beside(
         self, besides: Sequence[Beside | None], logits: Tensor, own: Tensor, lams: Tensor, rows: Tensor, times: StepTimes
     ) -> Tensor:
-        """Mixed logits [n, V] float32 of the rows of one decoder, whose logits are `own` [n, Vm]; some rows have an n-gram memory beside it."""
+        """Mixed logits [n, V] float32 of the rows of one decoder, whose logits are `own` [n, Vm]; some rows mix in an n-gram memory, too."""
         mixed = torch.empty_like(logits, dtype=torch.float32)
         slots = torch.tensor([beside.slot if beside is not None else NO_DOMAIN for beside in besides])
         alone = (slots == NO_DOMAIN).nonzero().squeeze(1).to(rows.device)

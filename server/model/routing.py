@@ -29,7 +29,7 @@ class Beside:
 
 
 class Chosen(NamedTuple):
-    """What a request mixes in: a memory's slot (0: none), lambda, and what there is beside a decoder."""
+    """What a request mixes in: a memory's slot (0: none), lambda, and with mode `both` the n-gram memory besides the decoder."""
 
     slot: int
     lam: float

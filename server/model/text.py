@@ -19,7 +19,7 @@ class StepText:
     read: Callable[[int, int, int], list[int]]
     """Request, position, end -> its tokens from that position to before the end; not beyond its last token in the step."""
     besides: Sequence[Beside | None] = ()
-    """What each request has beside its decoder; empty: none has anything."""
+    """The n-gram memory that each request mixes in besides its decoder; empty: none does."""
     early: bool = True
     """Whether the host has the tokens before the forward pass; otherwise reading them waits for the device."""
 
@@ -28,7 +28,7 @@ class StepText:
         return int(np.searchsorted(self.starts, place, side="right")) - 1
 
     def beside(self, place: int) -> Beside | None:
-        """What the request of the token that has this place has beside its decoder."""
+        """The n-gram memory that is mixed in besides a decoder for the token that has this place in the step; None: there is none."""
         return self.besides[self.request(place)] if self.besides else None
 
     def up_to(self, place: int, most: int) -> list[int]:

@@ -40,10 +40,10 @@ class Both:
     decoder: str
     """Revision of the decoder."""
     lam: float
-    """Lambda of requests in mode `both` that name none: the weight of the two together, after the match where that is largest."""
+    """Lambda of requests in mode `both` that name none: the sum of both memories' weights, at the length of match where it is largest."""
     shares: Shares
     better: bool
-    """Whether the two together were better than each alone, on text that the shares were not fitted on."""
+    """Whether the mixture with both memories had a lower perplexity than with either alone, on text that the shares were not fitted on."""
     perplexity: dict[str, float]
     """What was measured there; empty if documents were added or removed since."""
 
@@ -87,7 +87,7 @@ class Ngrams:
     weights: tuple[float, ...] = ()
     """Weight of the memory after a longest match of 1, 2, … tokens."""
     beside: tuple[Both, ...] = ()
-    """What was fitted beside decoders and this base."""
+    """The shares that were fitted with decoders beside this base."""
 
     @classmethod
     def of(cls, entry: JsonObject) -> "Ngrams":
@@ -160,7 +160,7 @@ class Domain:
 
     @property
     def both(self) -> Both | None:
-        """What was fitted for exactly this decoder beside this n-gram memory and base; None: nothing."""
+        """The shares that were fitted for exactly this decoder, n-gram memory and base; None: there are none."""
         fitted = self.ngrams.beside if self.decoder and self.ngrams is not None else ()
         return next((one for one in fitted if one.decoder == self.revision), None)
 

@@ -24,9 +24,9 @@ QUIET := env VLLM_LOGGING_LEVEL=ERROR PYTHONWARNINGS=ignore
 serve: install $(BASELINES)  ## serve the embedded base model with its memory decoders on http://127.0.0.1:8000
 	exec $(QUIET) $(BIN)/memdec serve $(EMBEDDED) --host $(HOST) --port $(PORT)
 
-# kNN-LM and RAG over this Python's standard library, to compare the python memory with: about a minute, once
+# kNN-LM and RAG over this Python's standard library, to compare the python memory with: half a minute, once
 $(CACHE)/retrieval/python/retrieval.json: $(ZOO)/base/model.safetensors | install
-	$(QUIET) $(BIN)/memdec retrieval python --corpus stdlib --base $(ZOO)/base --out $(CACHE)/retrieval/python --entries 150000 --valid-windows 16
+	$(QUIET) $(BIN)/memdec retrieval python --corpus stdlib --base $(ZOO)/base --out $(CACHE)/retrieval/python --entries 60000 --valid-windows 16
 
 # an n-gram memory of the same tokens: some seconds, and its order and lambda are tuned beside the base
 $(CACHE)/ngram/python/ngram.json: $(CACHE)/retrieval/python/retrieval.json | install

@@ -48,7 +48,7 @@ latency_tokens = 2
 teacher_tokens = 8192
 entries = 4000
 neighbours = 8
-student_tokens = 8192
+student_tokens = 6144
 knn_tokens = 4096
 [domains.tiny]
 corpus = "corpus"

@@ -80,10 +80,10 @@ def resident(server: Server) -> int:
 
 
 def test_clients_that_leave(server: Server, http: httpx.Client) -> None:
-    """240 in all: requests and KV blocks are free again, memory doesn't grow from one crowd to the next, and nobody logs an error."""
+    """160 in all: requests and KV blocks are free again, memory doesn't grow from one crowd to the next, and nobody logs an error."""
     logged, memory = len(server.text()), []
     for _ in range(4):
-        crowd(server, 60)
+        crowd(server, 40)
         wait_until_free(http)
         memory.append(resident(server))
     assert memory[3] - memory[1] < 30, memory

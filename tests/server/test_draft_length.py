@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from memdec.server.model.routing import Chosen
 from memdec.server.worker.draft_length import PROBE, DraftLengths
 from memdec.server.worker.drafter import MemoryDrafter, Seen
 
@@ -124,7 +125,7 @@ def drafter(requests: dict[str, bool], seeded: tuple[int, ...] = ()) -> Any:
     made.model, made.lengths = SimpleNamespace(towers=[None]), lengths(0.005, 0.0001, 0.001)
     states = {
         name: SimpleNamespace(
-            memory=(1, 0.6),
+            memory=Chosen(1, 0.6),
             output_token_ids=[],
             sampling_params=SimpleNamespace(structured_outputs=grammar or None, min_p=0, logit_bias=None, max_tokens=100),
         )
@@ -145,7 +146,7 @@ def test_what_a_grammar_drops_was_rejected() -> None:
         made._learn([[5], [5]])
     under_grammar, plain = made._lengths([[5], [5]], np.array([10, 10]))
     assert under_grammar == 0 < plain
-    assert made.lengths.usual[1, True] < 0.6 < made.lengths.usual[1, False]
+    assert made.lengths.usual[(1,), True] < 0.6 < made.lengths.usual[(1,), False]
 
 
 def test_seeds_under_a_grammar_draft_nothing() -> None:

@@ -98,18 +98,22 @@ def sources_of(memory: NgramMemory, prompt: Sequence[int], made: Sequence[tuple[
     first = len(text) - len(made)
     for index, (token, logprob) in enumerate(made):
         context = text[max(0, first + index - memory.order + 1) : first + index]
-        if not is_raised(memory, context, token, logprob):
+        matched = raised_by(memory, context, token, logprob)
+        if not matched:
             continue
         places = memory.occurrences(context, MOST)
         documents = [{"document": place.document, "offset": place.offset} for place in places]
-        sources.append({"index": index, "token_id": token, "occurrences": documents})
+        sources.append({"index": index, "token_id": token, "matched": matched, "occurrences": documents})
     return sources
 
 
-def is_raised(memory: NgramMemory, context: Sequence[int], token: int, logprob: float) -> bool:
-    """Whether the memory gave a token a higher probability than the base did; `logprob` is the mixture's."""
+def raised_by(memory: NgramMemory, context: Sequence[int], token: int, logprob: float) -> int:
+    """Length of the matched context for which the memory gave a token a higher probability than the base did; 0 if it didn't.
+
+    `logprob` is the mixture's.
+    """
     after = memory.continuations(context)
     at = int(after.token_ids.searchsorted(token))
     if at == len(after.token_ids) or int(after.token_ids[at]) != token:
-        return False
-    return float(after.probabilities[at]) > (1 - after.base_mass) * math.exp(logprob)
+        return 0
+    return after.matched if float(after.probabilities[at]) > (1 - after.base_mass) * math.exp(logprob) else 0

@@ -100,8 +100,8 @@ def test_sources(http: httpx.Client, toys: Path, start: list[int]) -> None:
     for source in choice["memory_sources"]:
         assert whole[first + source["index"]] == source["token_id"] and 1 <= len(source["occurrences"]) <= 3
         for place in source["occurrences"]:
-            row, offset = rows[int(place["document"][1:])], place["offset"]
-            assert row[offset] in whole[: first + source["index"]][-5:]
+            row, offset, end = rows[int(place["document"][1:])], place["offset"], first + source["index"]
+            assert row[offset : offset + source["matched"]] == whole[end - source["matched"] : end]
     stream = ask(http, memory_sources=True, stream=True, **asked).text
     events = [json.loads(line[6:])["choices"][0] for line in stream.splitlines() if line.startswith("data: {")]
     assert [e["memory_sources"] for e in events if "memory_sources" in e] == [choice["memory_sources"]]

@@ -21,7 +21,7 @@ from memdec.decoders.perplexity import Floats, label_logprobs, mix, perplexity, 
 from memdec.decoders.reading.errors import ManifestError, OptionError
 from memdec.decoders.reading.ngram import NgramMemory
 from memdec.decoders.reading.ngram_folder import SHARD_TOKENS, by_length, vocabulary_of
-from memdec.decoders.reading.ngram_index import Text, write_memory, write_record
+from memdec.decoders.reading.ngram_index import Text, cut, write_memory, write_record
 from memdec.decoders.reading.ngram_record import LONGEST_ORDER, NAME
 from memdec.decoders.reading.tokenizer import load_tokenizer
 from memdec.decoders.reading.weights import fingerprint_model
@@ -100,12 +100,7 @@ class NgramPackage:
         names = [document.name for document in Cleaned.open(self.corpus, self.cleaned).named("train")]
         if len(names) != len(ends):
             raise ManifestError(f"{self.corpus.root}: has {len(names):,} documents, {tokens} is of {len(ends):,}; it changed meanwhile")
-        start, first = 0, 0
-        while first < len(ends):
-            last = max(first + 1, int(np.searchsorted(ends, start + SHARD_TOKENS, side="right")))
-            stop = int(ends[last - 1])
-            yield Text(ids[start:stop], ends[first:last] - start, names[first:last])
-            start, first = stop, last
+        return cut(Text(ids, ends, names), SHARD_TOKENS)
 
     def _training(self, inputs: Manifest) -> dict[str, Any]:
         corpus = {"name": self.corpus.name, "tokens": inputs["tokens"], "licence": self.options.licence}

@@ -14,7 +14,6 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from run import ROOT, commit, cpu, server
 from memdec.decoders.datastore import build_index, write_index
 from memdec.decoders.reading.datastore import CHUNK, with_exact_distances
 from memdec.decoders.reading.ngram_folder import SHARD_TOKENS, vocabulary_of
-from memdec.decoders.reading.ngram_index import Text, write_memory
+from memdec.decoders.reading.ngram_index import Text, cut, write_memory
 from memdec.decoders.reading.passages import Passages
 from memdec.decoders.reading.retrieval import INDEX, NAME, VALUES, RetrievalPackage, describe
 from memdec.decoders.reading.tokenizer import load_tokenizer
@@ -164,18 +163,10 @@ def stretch_text(real: RetrievalPackage, base: Path, tokens: int, out: Path) -> 
     ids = pieces[picked].reshape(-1)[:tokens].astype(np.uint32)
     ends = np.append(np.arange(DOCUMENT, tokens, DOCUMENT), tokens)
     ids[ends - 1] = vocabulary.end
-    write_memory(out, "d", shards(ids, ends), vocabulary)
+    text = Text(ids, ends, [f"d{i}" for i in range(len(ends))])
+    write_memory(out, "d", cut(text, SHARD_TOKENS), vocabulary)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"seconds": round(time.perf_counter() - begun, 1), "megabytes": round(size / 1e6)}
-
-
-def shards(ids: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> Iterator[Text]:
-    """Documents as shards of at most SHARD_TOKENS."""
-    start = first = 0
-    while first < len(ends):
-        last = int(np.searchsorted(ends, start + SHARD_TOKENS, side="right"))
-        yield Text(ids[start : ends[last - 1]], ends[first:last] - start, [f"d{i}" for i in range(first, last)])
-        start, first = int(ends[last - 1]), last
 
 
 def tune(index: faiss.Index, keys: Any, queries: np.ndarray[Any, Any], neighbours: int) -> tuple[int, float]:

@@ -1,7 +1,7 @@
 """Write an n-gram memory: shards of documents, discounts from their counts, and the record."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,16 @@ class Text:
         rows = [[*tokens, end] for tokens in documents.values()]
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
         return cls(np.array([token for row in rows for token in row], np.int64), ends, list(documents))
+
+
+def cut(text: Text, most: int) -> Iterator[Text]:
+    """Cut a text between documents into parts of at most `most` tokens; a longer document is a part of its own."""
+    start, first = 0, 0
+    while first < len(text.ends):
+        last = max(first + 1, int(np.searchsorted(text.ends, start + most, side="right")))
+        stop = int(text.ends[last - 1])
+        yield Text(text.ids[start:stop], text.ends[first:last] - start, text.names[first:last])
+        start, first = stop, last
 
 
 @dataclass(frozen=True)

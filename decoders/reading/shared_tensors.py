@@ -60,9 +60,10 @@ def completed(package: Package, base: Path, cache: Path, within: Sequence[Path] 
     shared = package.record.shared
     if not shared:
         return package
-    require_base(package, base)
     out = cache / f"{package.path.name}-{json_hash([package.revision, {n: s.sha256 for n, s in shared.items()}])[:32]}"
-    if not out.is_dir():
+    if out.is_dir():
+        require_base(package, base)
+    else:
         write_standalone(package, base, out, within)
     return Package.read(out)
 
